@@ -1,0 +1,1 @@
+"""How it is spread: everything that knows Ray. Imports engine, never jobs."""

@@ -1,0 +1,11 @@
+"""The one exception a user may see: a sentence that says what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in the input or the environment, not in the program.
+
+    The command line prints the message alone and exits with code 2, so the message must stand by itself:
+    what is wrong, where it was found, and what to do about it.
+    """

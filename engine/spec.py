@@ -1,0 +1,300 @@
+"""RunSpec: the one typed, frozen, validated description of a run, YAML in and out.
+
+Every field is reachable from the command line as a dotted override (``--select.size 500``). Fields are
+grouped by the stage that reads them; a stage's fingerprint is made of the groups it reads and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from engine.errors import UserError
+
+Strategy = Literal[
+    "greedy",
+    "greedy_batched",
+    "greedy_balanced",
+    "topk",
+    "topk_balanced",
+    "bottomk",
+    "random",
+    "random_balanced",
+    "loss_min",
+    "loss_max",
+]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+LossScope = Literal["last_token", "response", "all_tokens"]
+
+
+class Section(BaseModel):
+    """A frozen group of fields that refuses names it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Models(Section):
+    """The two endpoints. Each is a folder, a Hub name, a GGUF file, or (finetuned) a PEFT adapter on base."""
+
+    base: str = Field(description="theta_0: local folder, Hub name or .gguf file")
+    finetuned: str = Field(description="theta_f: the same, or a PEFT adapter folder")
+    base_revision: str | None = Field(None, description="Hub revision of base")
+    finetuned_revision: str | None = Field(None, description="Hub revision of finetuned")
+    trust_remote_code: bool = Field(False, description="run Python code that a model repository ships")
+
+
+class Corpus(Section):
+    """The seed corpus: files or a Hub data set, and which columns to read."""
+
+    paths: list[str] = Field(default_factory=list, description="files, folders or globs, on any fsspec URI")
+    hub: str | None = Field(None, description="Hub data set name or save_to_disk folder (extra: datasets)")
+    hub_config: str | None = Field(None, description="configuration of the Hub data set")
+    hub_split: str = Field("train", description="split of the Hub data set")
+    hub_revision: str | None = Field(None, description="Hub revision of the data set")
+    format: Literal["auto", "parquet", "jsonl", "csv", "txt"] = Field("auto", description="file format")
+    text: str = Field("text", description="column with the document")
+    id: str | None = Field(None, description="column with the document's id; default: a content hash")
+    prompt: str | None = Field(None, description="column with a prompt that carries no loss")
+    response: str | None = Field(None, description="column with the response that carries the loss")
+    partition_rows: int = Field(4096, ge=1, description="documents in a partition: the unit of work and resuming")
+    max_documents: int | None = Field(None, ge=1, description="read only the first so many documents")
+    max_chars: int = Field(1_000_000, ge=1, description="longer documents are cut to so many characters")
+    max_quarantined: float = Field(0.05, ge=0, le=1, description="stop when a larger share is quarantined")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Corpus:
+        if bool(self.paths) == bool(self.hub):
+            raise ValueError("give either corpus.paths or corpus.hub, not both and not neither")
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError("corpus.prompt and corpus.response must be given together")
+        return self
+
+
+class Task(Section):
+    """What the fine-tuned model was trained to do, and how a document becomes a training example."""
+
+    kind: Literal["classification", "language_modelling"] = Field("classification")
+    labels: list[str] = Field(default_factory=list, description="label words; each one token after a space")
+    display_names: list[str] | None = Field(None, description="names of the labels in tables and the report")
+    template: str = Field("{text}\nTopic:", description="classification prompt; must contain {text}")
+    max_tokens: int = Field(128, ge=2, description="tokens of text kept, before the template is applied")
+    label_softmax: Literal["restricted", "full"] = Field(
+        "restricted", description="softmax over the labels alone, or over the whole vocabulary"
+    )
+    loss_scope: LossScope | None = Field(
+        None,
+        description="tokens that carry loss; default: last_token (classification), response when the corpus "
+        "has prompt/response columns, else all_tokens",
+    )
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Task:
+        if self.kind == "classification":
+            if len(self.labels) < 2:
+                raise ValueError("task.labels needs at least two label words for classification")
+            if "{text}" not in self.template:
+                raise ValueError("task.template must contain {text}")
+            if self.template.rstrip(" ") != self.template:
+                raise ValueError("task.template must not end in a space: the label words bring their own")
+            if self.loss_scope not in (None, "last_token"):
+                raise ValueError("task.loss_scope must be last_token for classification")
+            if self.display_names is not None and len(self.display_names) != len(self.labels):
+                raise ValueError("task.display_names must name every label of task.labels")
+        elif self.labels:
+            raise ValueError("task.labels is for classification; remove it for language_modelling")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """Display names of the labels, in label order."""
+        return self.display_names or self.labels
+
+
+class Gradients(Section):
+    """Which gradients are taken, at which checkpoints, and how they are projected (METHOD sections 2 to 4)."""
+
+    layers: str = Field("last", description="last, all_linear, or a regular expression over module names")
+    checkpoints: int | list[float] = Field(1, description="P, or a list of fractions of the way base -> finetuned")
+    projector: Literal["auto", "exact", "rademacher", "tensorsketch"] = Field("auto")
+    dim: int = Field(4096, ge=8, description="projected size d (exact ignores it)")
+    seed: int = Field(0, ge=0, description="seed of the projector")
+    dtype: DType = Field("auto", description="type of the forward pass; auto: bfloat16")
+    tokens_per_batch: int = Field(4096, ge=1, description="padded tokens in one forward pass")
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _fractions(cls, value: int | list[float]) -> int | list[float]:
+        if isinstance(value, int):
+            if value < 1:
+                raise ValueError("must be at least 1")
+        elif not value or any(not 0.0 <= f <= 1.0 for f in value) or len(set(value)) != len(value):
+            raise ValueError("fractions must be distinct numbers between 0 and 1")
+        return value
+
+    @property
+    def fractions(self) -> list[float]:
+        """Interpolation fractions j/P in ascending order, length P."""
+        if isinstance(self.checkpoints, int):
+            return [j / self.checkpoints for j in range(1, self.checkpoints + 1)]
+        return sorted(self.checkpoints)
+
+
+class Extract(Section):
+    """Resources of the extraction stage. Nothing here changes a byte of its output but `threads`."""
+
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs of one gradient actor")
+    gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 if the cluster has GPUs, else 0")
+    workers_min: int = Field(1, ge=1, description="gradient actors to start with")
+    workers_max: int | None = Field(None, ge=1, description="gradient actors at most; default: what fits")
+    threads: int = Field(1, ge=1, description="CPU threads of one gradient actor")
+    max_attempts: int = Field(3, ge=1, description="times a partition is tried before the run stops")
+
+
+class Select(Section):
+    """How documents are chosen from the store (METHOD section 5)."""
+
+    strategy: Strategy = "greedy"
+    size: int = Field(1000, ge=1, description="k, the number of documents to select")
+    rows: Literal["raw", "unit"] = Field("raw", description="gradients as they are, or scaled to unit norm")
+    batch_size: int = Field(64, ge=1, description="greedy_batched: picks between restarts of the running sum")
+    seed: int = Field(0, ge=0, description="seed of the random strategies")
+    stop: Literal["size", "at_peak"] = Field("size", description="at_peak keeps the prefix with the largest f")
+
+
+class Retrain(Section):
+    """How theta_0 is trained on a selection (METHOD section 6)."""
+
+    strategies: list[Strategy] = Field(
+        default_factory=lambda: ["random", "topk", "greedy"], description="strategies to retrain and compare"
+    )
+    seeds: list[int] = Field(default_factory=lambda: [0], description="paired training seeds")
+    epochs: int = Field(4, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_share: float = Field(0.05, ge=0, le=1, description="share of steps with rising learning rate")
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+    batch_size: int = Field(16, ge=1, description="documents a step, over all workers")
+    micro_batch_size: int | None = Field(None, ge=1, description="documents a forward pass; default: all of them")
+    dtype: DType = Field("auto", description="auto: bfloat16 with float32 master weights")
+    freeze_below: int = Field(0, ge=0, description="train only the blocks from this one up, the norm and the head")
+    early_stopping: bool = Field(False, description="keep the epoch with the best validation result")
+    workers: int = Field(1, ge=1)
+    gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 if the cluster has GPUs, else 0")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a worker; default: its share of the node")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+
+    @field_validator("strategies", "seeds")
+    @classmethod
+    def _distinct(cls, value: list[Any]) -> list[Any]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("must be a non-empty list without repetitions")
+        return value
+
+
+class Evaluate(Section):
+    """The test set, and the true training set where it is known."""
+
+    test: list[str] = Field(default_factory=list, description="files of held-out documents; empty: no evaluation")
+    text: str | None = Field(None, description="text column of the test set; default: corpus.text")
+    label: str = Field("label", description="label column: index, label word or display name")
+    validation_share: float = Field(0.3, ge=0, lt=1, description="share of the test files used for choices")
+    max_documents: int | None = Field(None, ge=1, description="documents judged at most, validation and test")
+    tokens_per_batch: int = Field(4096, ge=1)
+
+
+class Ray(Section):
+    """Where Ray is. With an address nothing is started and nothing is shut down."""
+
+    address: str | None = Field(None, description="address of a cluster; default: a private local instance")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of the local instance; default: all")
+    num_gpus: int | None = Field(None, ge=0, description="GPUs of the local instance; default: all")
+    object_store_mb: int = Field(512, ge=100, description="object store of the local instance, MB")
+
+
+class RunSpec(Section):
+    """One run: two models and a corpus in, the likely training data and a retrained model out."""
+
+    run_dir: str = Field("runs/run", description="where everything is written: a folder or an fsspec URI")
+    models: Models
+    corpus: Corpus
+    task: Task
+    gradients: Gradients = Field(default_factory=Gradients)
+    extract: Extract = Field(default_factory=Extract)
+    select: Select = Field(default_factory=Select)
+    retrain: Retrain = Field(default_factory=Retrain)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    ray: Ray = Field(default_factory=Ray)
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> RunSpec:
+        if self.loss_scope == "response" and self.corpus.response is None:
+            raise ValueError("task.loss_scope=response needs corpus.prompt and corpus.response")
+        if self.task.kind == "language_modelling":
+            wanted = {self.select.strategy, *self.retrain.strategies}
+            balanced = sorted(s for s in wanted if s.endswith("_balanced"))
+            if balanced:
+                raise ValueError(f"{balanced[0]} balances labels, which language_modelling does not have")
+        return self
+
+    @property
+    def loss_scope(self) -> LossScope:
+        """The loss scope with its default resolved."""
+        if self.task.loss_scope is not None:
+            return self.task.loss_scope
+        if self.task.kind == "classification":
+            return "last_token"
+        return "response" if self.corpus.response is not None else "all_tokens"
+
+    def to_yaml(self) -> str:
+        """The resolved spec; `from_yaml` of it is equal to self."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any], where: str = "the spec") -> RunSpec:
+        """Validate a nested dict; UserError names the first offending field in one sentence."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise UserError(one_sentence(error, where)) from None
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "the spec") -> RunSpec:
+        """Parse and validate YAML; UserError for bad YAML or bad fields."""
+        return cls.from_dict(load_yaml_mapping(text, where), where)
+
+
+def load_yaml_mapping(text: str, where: str) -> dict[str, Any]:
+    """A YAML mapping as a dict, or a UserError that says where the text stops being one."""
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{where} is not valid YAML{line}: {getattr(error, 'problem', error)}.") from None
+    if fields is None:
+        return {}
+    if not isinstance(fields, dict):
+        raise UserError(f"{where} must be a mapping of sections (models, corpus, task, ...).")
+    return fields
+
+
+def one_sentence(error: ValidationError, where: str) -> str:
+    """The first problem of a pydantic error as one sentence that names the field."""
+    problems = error.errors()
+    problem = problems[0]
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        text = f"{where}: unknown field {name}"
+    elif problem["type"] == "missing":
+        text = f"{where}: {name} is missing"
+    elif problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
+        text = f"{where}: {name + ': ' if name else ''}{message}"
+    else:
+        text = f"{where}: {name}: {problem['msg']} (got {problem.get('input')!r})"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{text}{more}."

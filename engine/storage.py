@@ -1,0 +1,128 @@
+"""Files on any fsspec URI, written atomically: a reader sees the old bytes, the new bytes, or no file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.errors import UserError
+
+
+class Folder:
+    """A folder named by a path or an fsspec URI (``runs/x``, ``s3://bucket/x``)."""
+
+    def __init__(self, uri: str) -> None:
+        """Args: uri: path or URI; local paths are made absolute, so workers on this host can share them."""
+        try:
+            self.fs, path = fsspec.core.url_to_fs(uri)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"cannot open {uri}: {error}.") from None
+        self.local: bool = "file" in _protocols(self.fs)
+        self.root: str = os.path.abspath(path) if self.local else path.rstrip("/")
+        self.uri: str = self.root if self.local else uri.rstrip("/")
+
+    def path(self, name: str) -> str:
+        """Path of `name` as the underlying file system spells it."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def sub(self, name: str) -> Folder:
+        """The folder `name` inside this one."""
+        return Folder(f"{self.uri}/{name}")
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or folder of that name exists."""
+        return bool(self.fs.exists(self.path(name)))
+
+    def make(self, name: str = "") -> str:
+        """Create a folder (a no-op on object stores) and return its path; UserError when not permitted."""
+        try:
+            self.fs.makedirs(self.path(name), exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create {self.path(name)}: {reason(error)}.") from None
+        return self.path(name)
+
+    def names(self, name: str = "") -> list[str]:
+        """Sorted names directly inside the folder `name`; empty when it does not exist."""
+        try:
+            found = self.fs.ls(self.path(name), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or folder if it is there."""
+        if self.exists(name):
+            self.fs.rm(self.path(name), recursive=True)
+
+    def read_bytes(self, name: str) -> bytes:
+        """The whole file; FileNotFoundError when it is not there."""
+        return bytes(self.fs.cat_file(self.path(name)))
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write the whole file atomically; UserError for no space or no permission."""
+        path = self.path(name)
+        try:
+            if self.local:
+                _write_local(path, data)
+            else:
+                self.fs.pipe_file(path, data)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {reason(error)}.") from None
+
+    def read_json(self, name: str) -> Any:
+        """Parse a JSON file."""
+        return json.loads(self.read_bytes(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write JSON atomically, keys sorted so that equal values give equal bytes."""
+        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        self.write_bytes(name, (text + "\n").encode())
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Read a Parquet file."""
+        return pq.read_table(self.path(name), columns=columns, filesystem=self.fs)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a Parquet file atomically; equal tables give equal bytes."""
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        self.write_bytes(name, sink.getvalue())
+
+    def walk(self, name: str = "") -> Iterator[str]:
+        """Paths, relative to this folder and sorted, of all files below `name`."""
+        prefix = self.path("") + "/"
+        for path in sorted(self.fs.find(self.path(name))):
+            yield path.removeprefix(prefix)
+
+
+def reason(error: OSError) -> str:
+    """The cause of an OSError in a few words, without errno or path."""
+    return (error.strerror or str(error)).lower()
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _write_local(path: str, data: bytes) -> None:
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,1 @@
+"""What a person types or submits: one thin module a stage, and the command line."""
