@@ -1,0 +1,262 @@
+"""Models: resolve a source to a local safetensors folder, load it, and find the head its logits come from.
+
+A source is a local folder, a Hub name, a GGUF file or a PEFT adapter on the base model. Whatever it is, it
+becomes one folder of safetensors, so that every later stage maps tensors from disk and loads no pickle.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import UserError
+
+TOKENIZER_HINT = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output embedding: logits = softcap(scale * (h W^T + bias)).
+
+    weight: (vocab, hidden) parameter, name: its name in the state dict, prefix included; bias: (vocab,) or None.
+    softcap: c of ``c tanh(z / c)``, or None.
+    """
+
+    name: str
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
+    tied: bool
+
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor | slice | None = None) -> torch.Tensor:
+        """Logits (n, rows or vocab) float32 of states (n, hidden), for the given vocabulary rows."""
+        weight = self.weight if rows is None else self.weight[rows]
+        z = torch.nn.functional.linear(hidden, weight).float()
+        if self.bias is not None:
+            z = z + (self.bias if rows is None else self.bias[rows]).float()
+        if self.scale != 1.0:
+            z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def backward_logits(self, error: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """dL/dz, z = h W^T, from dL/dlogits: the chain rule through soft-capping and scale; same shape."""
+        if self.softcap is not None:
+            error = error * (1 - (logits / self.softcap) ** 2)
+        return error if self.scale == 1.0 else error * self.scale
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of a spec's dtype; auto is bfloat16, the type published models are trained in."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return torch.bfloat16 if name == "auto" else names[name]
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
+    """The fast tokenizer of a model folder; UserError when there is none."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"no usable tokenizer in {path}: {_first_line(error)}.") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer in {path} has no fast version (tokenizer.json); convert it first.")
+    return tokenizer
+
+
+def load_model(
+    path: str, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu", trust_remote_code: bool = False
+) -> transformers.PreTrainedModel:
+    """A causal language model in evaluation mode, from a folder of safetensors.
+
+    Raises:
+        UserError: no config, no safetensors, a corrupt file, or an architecture transformers does not know.
+    """
+    require_safetensors(path)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError, SafetensorError, ImportError) as error:
+        raise UserError(f"cannot load the model in {path}: {_first_line(error)}.") from None
+    return model.to(device).eval()
+
+
+def find_head(model: transformers.PreTrainedModel) -> Head:
+    """The output embedding of a model, with what its family does to logits.
+
+    Raises:
+        UserError: the model has no output embedding, or one that is not a plain linear layer.
+    """
+    module = model.get_output_embeddings()
+    if not isinstance(module, torch.nn.Linear):
+        raise UserError(
+            f"the output layer of {type(model).__name__} is {type(module).__name__}, not a linear layer: "
+            "choose other layers with gradients.layers."
+        )
+    config = model.config.get_text_config()
+    name = next(n for n, m in model.named_modules() if m is module) + ".weight"
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(
+        name=name,
+        weight=module.weight,
+        bias=module.bias,
+        scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+    )
+
+
+def hidden_states(model: transformers.PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """States that enter the head, (docs, length, hidden), of right-padded documents.
+
+    No attention mask is passed: attention is causal and padding lies after every real token.
+    """
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: transformers.PreTrainedModel, head: Head) -> None:
+    """Refuse a model whose logits are not what `Head` computes from its last states (METHOD section 3).
+
+    Raises:
+        UserError: names the architecture, when its own logits differ from ours on a probe.
+    """
+    vocab = head.weight.shape[0]
+    probe = (torch.arange(12, device=head.weight.device) * 7919 % min(vocab, 30_000)).reshape(2, 6)
+    theirs = model(input_ids=probe, use_cache=False).logits.float()
+    ours = head.logits(hidden_states(model, probe).reshape(12, -1)).reshape(theirs.shape)
+    if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * max(1.0, float(theirs.abs().max()))):
+        raise UserError(
+            f"{type(model).__name__} does something to its logits that this version does not know; "
+            "last-layer gradients would be wrong, so it is refused."
+        )
+
+
+def require_safetensors(path: str) -> None:
+    """UserError unless `path` is a model folder with config.json and safetensors weights."""
+    if not os.path.isdir(path):
+        raise UserError(f"model folder {path} does not exist.")
+    names = os.listdir(path)
+    if "config.json" not in names:
+        raise UserError(f"{path} is not a model folder: it has no config.json.")
+    if not any(name.endswith(".safetensors") for name in names):
+        unsafe = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+        hint = f" ({unsafe[0]} is a pickle, which is not read: convert it to safetensors)" if unsafe else ""
+        raise UserError(f"{path} has no .safetensors file{hint}.")
+
+
+def resolve(
+    source: str,
+    target: str,
+    base: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> str:
+    """A local folder of safetensors for a source; converted into `target` only when it must be.
+
+    Args:
+        source: folder, Hub name, .gguf file, or PEFT adapter (folder or Hub name).
+        target: folder to write a converted model to (GGUF dequantised to float32, adapter merged); a
+            finished conversion is used again.
+        base: resolved folder of the base model, for an adapter.
+
+    Raises:
+        UserError: nothing there, no safetensors, or a broken file.
+    """
+    if os.path.isfile(f"{target}/config.json"):
+        return target
+    if source.endswith(".gguf"):
+        return _from_gguf(source, target)
+    folder = os.path.abspath(source) if os.path.isdir(source) else _from_hub(source, revision)
+    if os.path.isfile(f"{folder}/adapter_config.json"):
+        return _merge_adapter(folder, target, base, trust_remote_code)
+    require_safetensors(folder)
+    return folder
+
+
+def save(model: transformers.PreTrainedModel, tokenizer: Any, target: str) -> None:
+    """Write a model folder whole or not at all: built beside its place, then renamed."""
+    part = f"{target}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part, safe_serialization=True)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(part, target)
+
+
+def is_quantised(path: str) -> bool:
+    """Whether the folder's config says that its weights are quantised, so that Delta is partly noise."""
+    return getattr(transformers.AutoConfig.from_pretrained(path), "quantization_config", None) is not None
+
+
+def shards(path: str) -> dict[str, str]:
+    """Tensor name -> safetensors file of a model folder."""
+    found: dict[str, str] = {}
+    for name in sorted(os.listdir(path)):
+        if name.endswith(".safetensors") and not name.startswith("adapter_"):
+            file = os.path.join(path, name)
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    found.update(dict.fromkeys(tensors.keys(), file))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"cannot read {file}: {_first_line(error)}.") from None
+    return found
+
+
+def _from_gguf(source: str, target: str) -> str:
+    if not os.path.isfile(source):
+        raise UserError(f"GGUF file {source} does not exist.")
+    folder, name = os.path.split(os.path.abspath(source))
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"cannot read the GGUF file {source}: {_first_line(error)}.") from None
+    # transformers counts the dequantised model as quantised and refuses to save it until told otherwise.
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    save(model, tokenizer, target)
+    return target
+
+
+def _from_hub(name: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    try:
+        return str(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        raise UserError(f"{name} is no local folder and not to be had from the Hub: {_first_line(error)}.") from None
+
+
+def _merge_adapter(adapter: str, target: str, base: str | None, trust_remote_code: bool) -> str:
+    if base is None:
+        raise UserError(f"{adapter} is a PEFT adapter: only models.finetuned may be one, on top of models.base.")
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UserError(f"{adapter} is a PEFT adapter: pip install 'unbake[adapters]'.") from None
+    if not any(name.endswith(".safetensors") for name in os.listdir(adapter)):
+        raise UserError(f"the adapter {adapter} has no .safetensors file.")
+    # Merged in float32 so that Delta = B A is not rounded away before it is measured.
+    model = load_model(base, torch.float32, trust_remote_code=trust_remote_code)
+    try:
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"the adapter {adapter} does not fit the base model: {_first_line(error)}.") from None
+    save(merged, load_tokenizer(base, trust_remote_code), target)
+    return target
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).strip().rstrip(".")
