@@ -1,0 +1,60 @@
+"""Projection of per-example gradients to d numbers by one fixed linear map (METHOD section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.errors import UserError
+from engine.projection.base import LayerShape, Projector, State
+from engine.projection.exact import Exact
+from engine.projection.rademacher import Rademacher
+from engine.projection.tensorsketch import TensorSketch
+
+__all__ = [
+    "Exact",
+    "LayerShape",
+    "Projector",
+    "Rademacher",
+    "State",
+    "TensorSketch",
+    "choose_kind",
+    "make_projector",
+]
+
+KINDS: dict[str, type[Projector]] = {kind.kind: kind for kind in (Exact, Rademacher, TensorSketch)}
+
+
+def choose_kind(kind: str, dim: int, layers: Sequence[LayerShape]) -> str:
+    """The projector's kind with `auto` resolved: exact where the gradient has no more than `dim` entries.
+
+    Raises:
+        UserError: no such kind.
+    """
+    if kind == "auto":
+        return Exact.kind if sum(layer.size for layer in layers) <= dim else TensorSketch.kind
+    if kind not in KINDS:
+        raise UserError(f"gradients.projector: no projector {kind!r}; choose auto, {', '.join(KINDS)}.")
+    return kind
+
+
+def make_projector(
+    kind: str,
+    dim: int,
+    seed: int,
+    layers: Sequence[LayerShape],
+    device: torch.device | str = "cpu",
+) -> Projector:
+    """The projector of that kind on `device`; the same arguments give the same map in every process.
+
+    Args:
+        dim: d; `exact` ignores it, its dim is the number of entries of all layers.
+        layers: order matters: a layer's hashes depend on its index.
+
+    Raises:
+        UserError: unknown kind, no layers, or sizes that the kind cannot handle.
+    """
+    if not layers:
+        raise UserError("gradients.layers chose no layer to project: loosen the pattern.")
+    return KINDS[choose_kind(kind, dim, layers)](dim, seed, layers).to(device)

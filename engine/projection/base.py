@@ -1,0 +1,145 @@
+"""Projector: the contract every projection keeps, and what its kinds share."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A chosen linear layer: its weight is (rows, cols) = (V vocabulary or L labels, H hidden)."""
+
+    name: str
+    rows: int
+    cols: int
+
+    @property
+    def size(self) -> int:
+        """Entries of the weight."""
+        return self.rows * self.cols
+
+
+@dataclass
+class State:
+    """What `begin` opens and `finish` consumes: one layer's errors, held or already sketched."""
+
+    layer: int
+    values: Tensor
+
+
+class Projector(abc.ABC):
+    """A linear map of weight-shaped gradients to R^dim, fixed by (kind, dim, seed, layers).
+
+    A document's gradient is the sum over its loss tokens of ``e_t h_t^T`` (METHOD section 3). The errors
+    ``e_t`` arrive in chunks over the rows, so no (tokens, V) array need exist; several layers add up::
+
+        state = projector.begin(layer, n_tokens, device)
+        for start_row, errors in chunks:
+            projector.add_errors(state, errors, start_row)
+        row += projector.finish(state, hidden, docs, n_docs)
+
+    On the CPU a document's row depends, to the last bit, on its own tokens, the chunks' sizes and the number
+    of threads alone: batch size, order and neighbours do not matter. Maps agree on every device; sums there
+    may round differently.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, dim: int, seed: int, layers: Sequence[LayerShape]) -> None:
+        self.dim = dim
+        self.seed = seed
+        self.layers = tuple(layers)
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same projector with its tables on `device`."""
+        moved = copy.copy(self)
+        moved.device = torch.device(device)
+        return moved
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able identity: equal descriptions mean the same map. For fingerprints and store attributes."""
+        layers = [asdict(layer) for layer in self.layers]
+        return {"kind": self.kind, "dim": self.dim, "seed": self.seed, "layers": layers}
+
+    @abc.abstractmethod
+    def begin(self, layer: int, n_tokens: int, device: torch.device | str) -> State:
+        """Open the state of one layer for `n_tokens` loss tokens."""
+
+    @abc.abstractmethod
+    def add_errors(self, state: State, errors: Tensor, start_row: int) -> None:
+        """Add the errors of rows start_row, start_row + 1, ...
+
+        Args:
+            errors: (n_tokens, chunk) float32 or bfloat16. A transposed view of a contiguous (chunk, n_tokens)
+                tensor is the fast layout: it spares tensorsketch a copy that costs more than its sums.
+        """
+
+    @abc.abstractmethod
+    def finish(self, state: State, hidden: Tensor, docs: Tensor, n_docs: int) -> Tensor:
+        """The projected gradient of every document for this layer.
+
+        Args:
+            hidden: (n_tokens, cols), the layer's inputs.
+            docs: (n_tokens,) int64, ascending: the document a token belongs to. A document without tokens
+                gets zeros.
+
+        Returns:
+            (n_docs, dim) float32.
+        """
+
+    @abc.abstractmethod
+    def project_matrix(self, layer: int, chunks: Iterable[tuple[int, Tensor]]) -> Tensor:
+        """The same map of a whole matrix, such as Delta, streamed by rows.
+
+        Args:
+            chunks: pairs (start_row, (n, cols) float32); rows that never come count as zero.
+
+        Returns:
+            (dim,) float64, summed in float64.
+        """
+
+
+class HoldsErrors(Projector):
+    """Base of the projectors that need errors and inputs together: they keep the (n_tokens, rows) errors."""
+
+    def begin(self, layer: int, n_tokens: int, device: torch.device | str) -> State:
+        """See `Projector.begin`."""
+        return State(layer, torch.zeros(n_tokens, self.layers[layer].rows, device=device))
+
+    def add_errors(self, state: State, errors: Tensor, start_row: int) -> None:
+        """See `Projector.add_errors`."""
+        state.values[:, start_row : start_row + errors.shape[1]] += errors
+
+
+def one_token_each(docs: Tensor, n_docs: int) -> bool:
+    """Whether token i is document i's only one (loss scope last_token)."""
+    return docs.shape[0] == n_docs and torch.equal(docs, torch.arange(n_docs, device=docs.device))
+
+
+def first_tokens(docs: Tensor, n_docs: int) -> Tensor:
+    """Index of each document's first token, (n_docs,); a document's tokens are consecutive."""
+    return torch.searchsorted(docs, torch.arange(n_docs, device=docs.device))
+
+
+def gradients(errors: Tensor, hidden: Tensor, docs: Tensor, n_docs: int) -> Tensor:
+    """Sum over each document's tokens of e_t h_t^T: (n_docs, rows * cols) float32, row-major.
+
+    One product per document: batched, its rounding would depend on the other documents.
+    """
+    if one_token_each(docs, n_docs):
+        return (errors[:, :, None] * hidden[:, None, :]).flatten(1)
+    result = errors.new_zeros(n_docs, errors.shape[1], hidden.shape[1])
+    bounds = [*first_tokens(docs, n_docs).tolist(), len(docs)]
+    for doc, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if stop > start:
+            result[doc] = errors[start:stop].t() @ hidden[start:stop]
+    return result.flatten(1)
