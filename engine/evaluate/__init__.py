@@ -1,0 +1,1 @@
+"""Judging models: task metrics on held-out documents and the comparison of strategies over seeds."""

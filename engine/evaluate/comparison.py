@@ -1,0 +1,168 @@
+"""Comparison of strategies: mean and spread over paired seeds, and the share of the gap each closes.
+
+metrics.json, written by the evaluate stage, is what `metrics` returns::
+
+    format            1
+    metric            accuracy | perplexity; the key of the judged number in each model's test result
+    higher_is_better  true for accuracy
+    models            one entry a model: model (base | finetuned | retrained), strategy, seed (null for the
+                      two endpoints), validation, test (each as `engine.evaluate.task.evaluate_model` returns
+                      it; validation null without a validation share), seconds (judging it)
+    measured          {validation, test}: {documents, tokens} of one model's judging, or null
+    seconds           of the whole stage
+    base, finetuned   the metric of the two endpoints on the test share
+    strategies        the table, one row a strategy in the order of the spec: see `compare`
+    warnings          sentences
+
+Choices (early stopping, options) are made on the validation share; the test share is opened once, here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+REFERENCE = "random"
+"""The strategy that a gap is measured from."""
+
+
+def metrics(models: list[dict[str, Any]], metric: str, seconds: float) -> dict[str, Any]:
+    """The content of metrics.json (see the module's docstring).
+
+    Args:
+        models: the entries of `models`, in the order of the table.
+        metric: accuracy or perplexity.
+        seconds: duration of the evaluation.
+    """
+    values: dict[str, Any] = {"base": None, "finetuned": None, "runs": []}
+    for entry in models:
+        value = entry["test"][metric]
+        if entry["model"] == "retrained":
+            values["runs"].append({"strategy": entry["strategy"], "seed": entry["seed"], "metric": value})
+        else:
+            values[entry["model"]] = value
+    first = models[0] if models else {}
+    measured = {
+        part: {k: first[part][k] for k in ("documents", "tokens")} if first.get(part) else None
+        for part in ("validation", "test")
+    }
+    higher = metric == "accuracy"
+    head = {"format": 1, "metric": metric, "higher_is_better": higher, "seconds": seconds}
+    return {**head, "models": models, "measured": measured, **compare(values, higher)}
+
+
+def compare(results: dict[str, Any], higher_is_better: bool) -> dict[str, Any]:
+    """The table: every strategy beside base and fine-tuned.
+
+    With m_s, r_s the metric of method and random at seed s, F the fine-tuned model's, and m, r the means over
+    the seeds both have: gap closed ``g = (m - r) / (F - r)`` (METHOD section 6). Its spread is that of the
+    paired values, linearised so that one lucky random seed cannot blow a ratio up,
+    ``g + ((m_s - m) - (1 - g) (r_s - r)) / (F - r)``; their mean is g, the standard error spread / sqrt(n).
+
+    Args:
+        results: base and finetuned (numbers or None), runs: [{strategy, seed, metric}]; a metric of None is a
+            model whose logits were not finite: it is left out and named in a warning.
+        higher_is_better: True for accuracy, False for perplexity.
+
+    Returns:
+        base, finetuned, warnings, and strategies, each with strategy, seeds, values, n, mean, spread (sample
+        standard deviation over seeds; None for one), gap_closed, gap_spread, gap_stderr, gap_n (paired
+        seeds). The gap is None without random, without a shared seed, or where fine-tuned is not better
+        than random.
+    """
+    base, finetuned = results["base"], results["finetuned"]
+    runs: dict[str, dict[int, float]] = {}
+    warnings = []
+    for run in results["runs"]:
+        by_seed = runs.setdefault(run["strategy"], {})
+        if run["metric"] is None:
+            warnings.append(
+                f"{run['strategy']} with seed {run['seed']} gave logits that are not finite: it is left out."
+            )
+        else:
+            by_seed[run["seed"]] = float(run["metric"])
+    sign = 1.0 if higher_is_better else -1.0
+    reference = runs.get(REFERENCE, {})
+    rows = [
+        {"strategy": strategy, **_mean_row(by_seed), **_gap(by_seed, reference, finetuned, sign)}
+        for strategy, by_seed in runs.items()
+    ]
+    warnings += _endpoint_warnings(base, finetuned, reference, sign)
+    for strategy, by_seed in runs.items():
+        if strategy.startswith("greedy"):
+            warnings += _select_warnings(strategy, by_seed, reference, sign)
+    if runs and max(len(by_seed) for by_seed in runs.values()) == 1:
+        warnings.append("One seed only: differences between strategies may be chance; set retrain.seeds.")
+    return {"base": base, "finetuned": finetuned, "strategies": rows, "warnings": warnings}
+
+
+def _mean_row(by_seed: dict[int, float]) -> dict[str, Any]:
+    values = list(by_seed.values())
+    return {
+        "seeds": list(by_seed),
+        "values": values,
+        "n": len(values),
+        "mean": float(np.mean(values)) if values else None,
+        "spread": _spread(np.array(values)),
+    }
+
+
+def _gap(
+    method: dict[int, float], reference: dict[int, float], finetuned: float | None, sign: float
+) -> dict[str, Any]:
+    m, r = _paired(method, reference)
+    row: dict[str, Any] = {"gap_closed": None, "gap_spread": None, "gap_stderr": None, "gap_n": len(m)}
+    if finetuned is None or len(m) == 0 or sign * (finetuned - r.mean()) <= 0:
+        return row
+    width = finetuned - r.mean()
+    gap = float((m.mean() - r.mean()) / width)
+    spread = _spread(((m - m.mean()) - (1 - gap) * (r - r.mean())) / width)
+    stderr = None if spread is None else spread / math.sqrt(len(m))
+    return row | {"gap_closed": gap, "gap_spread": spread, "gap_stderr": stderr}
+
+
+def _endpoint_warnings(
+    base: float | None, finetuned: float | None, reference: dict[int, float], sign: float
+) -> list[str]:
+    warnings = []
+    if base is not None and finetuned is not None and sign * (finetuned - base) <= 0:
+        warnings.append(
+            "The fine-tuned model is not better than the base on this test set: it may not be its task."
+        )
+    random = float(np.mean(list(reference.values()))) if reference else None
+    if finetuned is not None and random is not None and sign * (finetuned - random) <= 0:
+        warnings.append("Random documents do as well as the fine-tuned model: there is no gap to close.")
+    return warnings
+
+
+def _select_warnings(
+    strategy: str, method: dict[int, float], reference: dict[int, float], sign: float
+) -> list[str]:
+    m, r = _paired(method, reference)
+    if len(m) == 0:
+        return []
+    differences = sign * (m - r)
+    mean, spread = float(differences.mean()), _spread(differences)
+    if mean < 0:
+        return [f"{strategy} is worse than random by {-mean:.3g}: its selection is not to be trusted here."]
+    if spread is not None and mean < spread:
+        return [
+            f"{strategy} is ahead of random by {mean:.3g}, less than its spread over seeds ({spread:.3g})."
+        ]
+    return []
+
+
+def _paired(
+    method: dict[int, float], reference: dict[int, float]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Both strategies' metrics (n,) at the seeds they share."""
+    seeds = [seed for seed in method if seed in reference]
+    return np.array([method[s] for s in seeds]), np.array([reference[s] for s in seeds])
+
+
+def _spread(values: npt.NDArray[np.float64]) -> float | None:
+    """Sample standard deviation; None for fewer than two values."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -1,0 +1,34 @@
+"""The comparison table in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from engine.report.numbers import gap, plus_minus, value
+
+
+def print_table(metrics: dict[str, Any], console: Console) -> None:
+    """Print metrics.json's table (see `engine.evaluate.comparison`), and its warnings below."""
+    name = metrics["metric"]
+    measured = (metrics.get("measured") or {}).get("test") or {}
+    caption = f"{measured['documents']:,} test documents" if measured else None
+    table = Table(title=f"{name} on the test share", caption=caption)
+    table.add_column("trained on")
+    table.add_column(name, justify="right")
+    table.add_column("gap closed", justify="right")
+    table.add_column("seeds", justify="right")
+    table.add_row("base (nothing)", value(metrics["base"], name), "", "")
+    for row in metrics["strategies"]:
+        table.add_row(
+            row["strategy"],
+            plus_minus(row["mean"], row["spread"], name),
+            gap(row["gap_closed"], row["gap_spread"]),
+            str(row["n"]),
+        )
+    table.add_row("fine-tuned (the true documents)", value(metrics["finetuned"], name), "", "")
+    console.print(table)
+    for warning in metrics["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
