@@ -1,0 +1,147 @@
+"""The one function that scores a candidate, in float64 and in an order of summation fixed by IEEE arithmetic.
+
+``f(S) = mean_j cos(sum_{i in S} g_ij, Delta)`` with ``cos(0, .) = 0`` (METHOD section 5). Sums over d are a
+binary fold of elementwise additions, so neither BLAS, threads, shards nor the shape of a batch can change a
+bit of a score: two searches that call `scores` and break ties alike pick alike, and that is what "identical"
+means in this package.
+
+Range: a stored row is float16 or float32 times a float32 scale, so its numbers are 0 or between 2^-298 and
+2^256; squares of sums of up to 2^60 of them neither overflow nor underflow float64, and nothing is rescaled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import UserError
+from engine.rows import RowBlock, Rows
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+RowKind = Literal["raw", "unit"]
+
+_BLOCK_NUMBERS = 1 << 16  # float64 numbers scored together: half a megabyte stays in the core's cache
+
+
+def fold(x: Floats) -> Floats:
+    """Sum over the last axis in a fixed binary order; x is overwritten.
+
+    The upper half is added to the lower one until one number is left, d counting as the next power of two
+    (absent numbers are zeros). Error: at most ``ceil(log2 d) 2^-53 sum|x|`` to first order.
+    """
+    width = x.shape[-1]
+    while width > 1:
+        half = 1 << ((width - 1).bit_length() - 1)
+        x[..., : width - half] += x[..., half:width]
+        width = half
+    return x[..., 0].copy()
+
+
+def norms(x: Floats) -> Floats:
+    """Euclidean norms over the last axis, by `fold`."""
+    return np.sqrt(fold(x * x))
+
+
+def unit_target(target: Floats) -> Floats:
+    """u = Delta / ||Delta||, (d,); UserError when Delta is zero or not finite."""
+    largest = float(np.max(np.abs(target), initial=0.0))
+    if not math.isfinite(largest):
+        raise UserError(
+            "the target (Delta) holds numbers that are not finite: the models or the projection failed."
+        )
+    if largest == 0.0:
+        raise UserError(
+            "the target (Delta) is zero: base and fine-tuned model do not differ on the chosen layers."
+        )
+    scaled: Floats = target / largest
+    return np.asarray(scaled / norms(scaled))
+
+
+def vectors(block: RowBlock, kind: RowKind) -> Floats:
+    """The rows that are summed, (n, P, d) float64.
+
+    raw: ``g_ij = scale_ij feature_ij``, an exact product. unit: the stored feature in float64 divided by its
+    norm as `norms` computes it (features are of unit norm only up to float16 rounding, so this and not the
+    feature is a unit row). A row whose scale or feature is zero stays zero.
+    """
+    features = block.features.transpose(1, 0, 2).astype(np.float64)
+    scale = block.scale.T.astype(np.float64)[:, :, None]
+    if kind == "raw":
+        return np.asarray(features * scale)
+    length = norms(features)[:, :, None]
+    length[(length == 0) | (scale == 0)] = np.inf
+    return np.asarray(features / length)
+
+
+def scores(sums: Floats, rows: Floats, u: Floats) -> Floats:
+    """f(S + i) of every candidate i: the canonical score.
+
+    Args:
+        sums: (P, d), sum of the rows of S at each checkpoint.
+        rows: (n, P, d), candidates from `vectors`.
+        u: (d,), from `unit_target`.
+
+    Returns:
+        (n,) float64: ``mean_j <s_j + g_ij, u> / ||s_j + g_ij||``, a zero sum contributing 0.
+    """
+    n, checkpoints, dim = rows.shape
+    result = np.empty(n)
+    step = max(1, _BLOCK_NUMBERS // (checkpoints * dim))
+    for start in range(0, n, step):
+        total = sums + rows[start : start + step]
+        along = fold(total * u)
+        total *= total
+        length = np.sqrt(fold(total))
+        cosines = np.divide(along, length, out=np.zeros_like(along), where=length > 0)
+        mean = cosines[:, 0]
+        for j in range(1, checkpoints):
+            mean = mean + cosines[:, j]
+        result[start : start + step] = mean / checkpoints
+    return result
+
+
+def rank(score: Floats, rows: Ints, size: int) -> Ints:
+    """The `size` rows of largest score, best first; ties go to the lowest row."""
+    return rows[np.lexsort((rows, -score))[:size]]
+
+
+def blocks(rows: Rows) -> Iterator[tuple[int, int]]:
+    """Bounds (start, stop) of the partitions of a store, in order."""
+    for start in range(0, rows.n_rows, rows.block_rows):
+        yield start, min(start + rows.block_rows, rows.n_rows)
+
+
+def valid_rows(rows: Rows) -> Bools:
+    """(N,) bool, False for missing and quarantined rows; from the store's own column where it has one."""
+    known = getattr(rows, "valid", None)
+    if known is not None:
+        return np.asarray(known, np.bool_)
+    valid = np.zeros(rows.n_rows, np.bool_)
+    for start, stop in blocks(rows):
+        valid[start:stop] = rows.read(start, stop).valid
+    return valid
+
+
+def stream_scores(rows: Rows, kind: RowKind, sums: Floats, u: Floats, eligible: Bools) -> Floats:
+    """Canonical scores of all eligible rows by one streaming pass, (N,); -inf where not eligible."""
+    result = np.full(rows.n_rows, -np.inf)
+    step = max(1, (1 << 22) // (rows.n_checkpoints * rows.dim))
+    for start, stop in blocks(rows):
+        if not eligible[start:stop].any():
+            continue
+        block = rows.read(start, stop)
+        for low in range(0, stop - start, step):
+            part = RowBlock(
+                block.features[:, low : low + step],
+                block.scale[:, low : low + step],
+                block.valid[low : low + step],
+            )
+            result[start + low : start + low + part.valid.size] = scores(sums, vectors(part, kind), u)
+    result[~eligible] = -np.inf
+    return result
