@@ -133,7 +133,8 @@ def first_tokens(docs: Tensor, n_docs: int) -> Tensor:
 def gradients(errors: Tensor, hidden: Tensor, docs: Tensor, n_docs: int) -> Tensor:
     """Sum over each document's tokens of e_t h_t^T: (n_docs, rows * cols) float32, row-major.
 
-    One product per document: batched, its rounding would depend on the other documents.
+    One product per document: batched, its rounding would depend on the other documents. Copies, because the
+    rounding of a BLAS may depend on where in memory its operands begin.
     """
     if one_token_each(docs, n_docs):
         return (errors[:, :, None] * hidden[:, None, :]).flatten(1)
@@ -141,5 +142,5 @@ def gradients(errors: Tensor, hidden: Tensor, docs: Tensor, n_docs: int) -> Tens
     bounds = [*first_tokens(docs, n_docs).tolist(), len(docs)]
     for doc, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop > start:
-            result[doc] = errors[start:stop].t() @ hidden[start:stop]
+            result[doc] = errors[start:stop].clone().t() @ hidden[start:stop].clone()
     return result.flatten(1)

@@ -30,10 +30,13 @@ class TensorSketch(Projector):
     The sketch of ``e h^T`` is the circular convolution of the count sketches of e (by a, s) and of h (by b,
     r): one product in the Fourier domain, where a document's tokens are summed (Pham and Pagh 2013). Buckets
     are 3-wise and signs 4-wise independent, for each layer and side anew. Inner products of gradients X, Y
-    are unbiased, with variance (terms of 1/dim^2 left out; tr(M^2) <= |M|^2, so at most 6 |X|^2 |Y|^2 / dim;
-    the literature's bound for degree 2 is 3^2 - 1 in place of 6)::
+    are unbiased, with variance at most (and, but for diagonal terms, about)::
 
         (|X|^2 |Y|^2 + <X,Y>^2 + |X Y'|^2 + tr((X Y')^2) + |X' Y|^2 + tr((X' Y)^2)) / dim
+            + 4 |X|^2 |Y|^2 / dim^2
+
+    so the leading term is that of a dense projection, (|X|^2 |Y|^2 + <X,Y>^2) / dim, up to three times it
+    where X and Y share their row or column space; the usual bound for degree 2 is (3^2 - 1) |X|^2 |Y|^2 / dim.
     """
 
     kind = "tensorsketch"
