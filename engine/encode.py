@@ -48,6 +48,13 @@ class Ragged:
         targets[last] = np.where(targets[last] == PENDING, label_tokens, targets[last])
         return Ragged(self.tokens, targets, self.offsets)
 
+    def silenced(self, positions: Sequence[int]) -> Ragged:
+        """The same documents with no loss on those at the given positions, so that no batch holds them."""
+        targets = self.targets.copy()
+        for i in positions:
+            targets[self.offsets[i] : self.offsets[i + 1]] = IGNORE
+        return Ragged(self.tokens, targets, self.offsets)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -56,6 +63,10 @@ class Batch:
     input_ids: torch.Tensor
     targets: torch.Tensor
     lengths: torch.Tensor
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(self.input_ids.to(device), self.targets.to(device), self.lengths.to(device))
 
 
 class Encoder:

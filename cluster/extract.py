@@ -1,0 +1,161 @@
+"""Extraction as a Ray Data stream: partitions -> read and encode (CPU tasks) -> gradient actors -> receipts.
+
+A partition is one row of the stream from end to end. Text and gradients never reach the driver: encoded
+tokens go to the actors, gradients from an actor to its own shard, and only receipts come back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from cluster.session import gpus_per_worker
+from engine.checkpoints import Endpoints
+from engine.corpus import Plan, read_partition
+from engine.encode import Encoder, Ragged
+from engine.errors import UserError
+from engine.gradients import GradientEngine
+from engine.models import load_tokenizer
+from engine.rundir import RunDir
+from engine.spec import RunSpec
+from engine.store import GradientStore
+from engine.target import Target
+
+ENCODE_CPUS = 0.25
+"""CPUs an encode task asks for: small, so that it is placed beside actors that hold every whole CPU."""
+
+
+@dataclass(frozen=True)
+class ExtractJob:
+    """All that a worker needs to know; small and picklable."""
+
+    spec: RunSpec
+    run_uri: str
+    plan: Plan
+    target: Target
+    base: str
+    finetuned: str
+    fingerprint: str
+
+
+def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, Any]], None]) -> None:
+    """Write the given partitions; `on_receipt` gets each completion record as it arrives, in any order.
+
+    Raises:
+        UserError: a worker met a user's mistake, such as a corpus file that has gone.
+    """
+    settings = job.spec.extract
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    gpus = gpus_per_worker(settings.gpus_per_worker)
+    stream = (
+        ray.data.from_items([{"partition": p} for p in todo], override_num_blocks=len(todo))
+        .map(EncodePartition, fn_constructor_args=(job,), compute=_pool(1, None), num_cpus=ENCODE_CPUS)
+        .map(
+            WritePartition,
+            fn_constructor_args=(job, "cuda" if gpus else "cpu"),
+            compute=_pool(settings.workers_min, settings.workers_max),
+            num_cpus=settings.cpus_per_worker,
+            num_gpus=gpus or None,
+            max_restarts=-1,
+            max_task_retries=settings.max_attempts - 1,
+        )
+    )
+    for row in stream.iter_rows():
+        receipt = json.loads(row["receipt"])
+        if "error" in receipt:
+            raise UserError(receipt["error"])
+        on_receipt(receipt)
+
+
+def _pool(smallest: int, largest: int | None) -> ActorPoolStrategy:
+    return ActorPoolStrategy(min_size=smallest, max_size=largest, max_tasks_in_flight_per_actor=2)
+
+
+class EncodePartition:
+    """Reads a partition's documents and encodes them; the tokenizer is loaded once an actor."""
+
+    def __init__(self, job: ExtractJob) -> None:
+        self.job = job
+        self.encoder = _encoder(job)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """{"partition"} -> tokens, targets, offsets as bytes, and the quarantined as JSON."""
+        try:
+            return self._encode(int(row["partition"]))
+        except UserError as error:
+            return _packed(int(row["partition"]), None, {"error": str(error)})
+
+    def _encode(self, partition: int) -> dict[str, Any]:
+        documents = read_partition(self.job.plan, partition, self.job.spec.corpus)
+        with_prompt = documents.prompts is not None and documents.responses is not None
+        texts = documents.responses if with_prompt else documents.text
+        ragged = self.encoder.encode(texts or [], documents.prompts if with_prompt else None)
+        problems = {str(i): [documents.ids[i], why] for i, why in documents.problems.items()}
+        ragged = ragged.silenced(list(documents.problems))
+        return _packed(partition, ragged, {"problems": problems, "truncated": documents.truncated})
+
+
+class WritePartition:
+    """Holds the working model; labels, differentiates and projects a partition, and writes its shard."""
+
+    def __init__(self, job: ExtractJob, device: str) -> None:
+        import torch
+
+        torch.set_num_threads(job.spec.extract.threads)
+        self.job = job
+        endpoints = Endpoints(job.base, job.finetuned)
+        self.engine = GradientEngine(endpoints, _encoder(job), job.target, job.spec, device)
+        self.store = GradientStore.open(RunDir(job.run_uri), writable=True)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Encoded partition -> its completion record as JSON."""
+        about = json.loads(row["about"])
+        if "error" in about:
+            return {"receipt": row["about"]}
+        partition = int(row["partition"])
+        problems = {int(i): (id_, why) for i, (id_, why) in about["problems"].items()}
+        try:
+            gradients = self.engine.run(_unpacked(row))
+            reasons = gradients.problems | {i: why for i, (_, why) in problems.items()}
+            gradients = dataclasses.replace(gradients, problems=reasons)
+            ids = self._ids(partition, reasons, {i: id_ for i, (id_, _) in problems.items()})
+            record = self.store.write(partition, gradients, self.job.fingerprint, ids)
+        except UserError as error:
+            return {"receipt": json.dumps({"error": str(error)})}
+        return {"receipt": json.dumps({**record, "truncated": about["truncated"]})}
+
+    def _ids(self, partition: int, problems: dict[int, str], known: dict[int, str]) -> dict[int, str]:
+        """Ids of all quarantined documents; read again only when the gradients added some."""
+        if problems.keys() <= known.keys():
+            return known
+        ids = read_partition(self.job.plan, partition, self.job.spec.corpus).ids
+        return {i: ids[i] for i in problems}
+
+
+def _encoder(job: ExtractJob) -> Encoder:
+    tokenizer = load_tokenizer(job.base, job.spec.models.trust_remote_code)
+    return Encoder(tokenizer, job.spec.task, job.spec.loss_scope)
+
+
+def _packed(partition: int, ragged: Ragged | None, about: dict[str, Any]) -> dict[str, Any]:
+    fields = ("tokens", "targets", "offsets")
+    arrays = {name: b"" if ragged is None else getattr(ragged, name).tobytes() for name in fields}
+    return {"partition": partition, **arrays, "about": json.dumps(about)}
+
+
+def _unpacked(row: dict[str, Any]) -> Ragged:
+    return Ragged(
+        np.frombuffer(row["tokens"], np.int32),
+        np.frombuffer(row["targets"], np.int32),
+        np.frombuffer(row["offsets"], np.int64),
+    )

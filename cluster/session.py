@@ -1,0 +1,90 @@
+"""Connecting to Ray: join the cluster a job runs on, or start a private local one; stop only what we started."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+
+from engine.errors import UserError
+from engine.spec import Ray
+
+
+@contextlib.contextmanager
+def session(settings: Ray, verbose: bool = False) -> Iterator[None]:
+    """A Ray connection for the length of a block.
+
+    An existing connection of this process is used as it is. With `settings.address`, or inside a submitted
+    job (RAY_ADDRESS), the cluster there is joined; it is never shut down. Otherwise a local instance is
+    started, bound to localhost, and stopped at the end.
+
+    Raises:
+        UserError: no cluster at the address, or no token for it.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    _quiet(verbose)
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=verbose, logging_level=_level(verbose), runtime_env=worker_env())
+        else:
+            _start_local(settings, verbose)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot connect to Ray at {address or 'this machine'}: {first}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def has_gpus() -> bool:
+    """Whether the connected cluster has a GPU now."""
+    return ray.cluster_resources().get("GPU", 0) >= 1
+
+
+def gpus_per_worker(asked: float | None) -> float:
+    """GPUs a worker gets: as asked, by default one where the cluster has any."""
+    return asked if asked is not None else float(has_gpus())
+
+
+def worker_env() -> dict[str, dict[str, str]]:
+    """Environment of every worker: no thread pool may take the whole machine, no progress bars in logs."""
+    return {
+        "env_vars": {
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
+    }
+
+
+def _start_local(settings: Ray, verbose: bool) -> None:
+    ray.init(
+        address="local",
+        num_cpus=settings.num_cpus,
+        num_gpus=settings.num_gpus,
+        include_dashboard=False,
+        log_to_driver=verbose,
+        logging_level=_level(verbose),
+        object_store_memory=settings.object_store_mb << 20,
+        runtime_env=worker_env(),
+    )
+
+
+def _level(verbose: bool) -> int:
+    return logging.INFO if verbose else logging.ERROR
+
+
+def _quiet(verbose: bool) -> None:
+    if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)

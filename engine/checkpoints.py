@@ -1,0 +1,181 @@
+"""Synthetic checkpoints: theta_j = theta_0 + f_j (theta_f - theta_0), from two memory-mapped endpoints.
+
+Every theta_j is computed per tensor in float32 from the endpoints and rounded once, never from another
+theta_j (METHOD section 2); the only model in memory is the working one that they are written into.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from engine.errors import UserError
+from engine.models import load_tokenizer, require_safetensors, shards
+
+CHUNK_BYTES = 64 << 20
+
+
+class Endpoints:
+    """The two models, tensor by tensor, without loading either.
+
+    Args:
+        base, finetuned: folders of safetensors with equal architectures. A vocabulary that one of them
+            extends is compared on the shared rows.
+
+    Raises:
+        UserError: the models do not match; the message says what differs.
+    """
+
+    def __init__(self, base: str, finetuned: str) -> None:
+        require_safetensors(base)
+        require_safetensors(finetuned)
+        self.base, self.finetuned = base, finetuned
+        self._files = (shards(base), shards(finetuned))
+        self._open: dict[str, Any] = {}
+        self.vocab = _check_match(base, finetuned)
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        ours, theirs = self._files
+        for name in sorted(ours.keys() & theirs.keys()):
+            a, b = self._slice(0, name).get_shape(), self._slice(1, name).get_shape()
+            if a[1:] != b[1:] or (a[0] != b[0] and min(a[0], b[0]) != self.vocab):
+                raise UserError(
+                    f"the models do not match: {name} has shape {a} in {self.base} and {b} in {self.finetuned}."
+                )
+        only = sorted(name for name in ours.keys() ^ theirs.keys() if not _may_be_tied(name))
+        if only:
+            where = self.base if only[0] in ours else self.finetuned
+            raise UserError(f"the models do not match: only {where} has the tensor {only[0]}.")
+
+    def _slice(self, side: int, name: str) -> Any:
+        file = self._files[side][name]
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt").__enter__()
+        return self._open[file].get_slice(name)
+
+    def rows(self, name: str, alias: str | None = None) -> tuple[Any, Any]:
+        """Sliceable views of a tensor in both models; `alias` is the name it has where embeddings are tied."""
+        views = []
+        for side in (0, 1):
+            known = name if name in self._files[side] else alias
+            if known is None or known not in self._files[side]:
+                raise UserError(f"{(self.base, self.finetuned)[side]} has no tensor {name}.")
+            views.append(self._slice(side, known))
+        return views[0], views[1]
+
+    def delta(
+        self, name: str, alias: str | None = None, only: list[int] | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Delta = theta_0 - theta_f of a 2-D tensor, (start, (rows, cols) float32) chunk by chunk.
+
+        `only` picks rows (the label words'), numbered 0.. in that order; else the shared rows come in order.
+        """
+        theirs, ours = self.rows(name, alias)
+        if only is not None:
+            pairs = [(theirs[i : i + 1].float() - ours[i : i + 1].float()) for i in only]
+            yield 0, torch.cat(pairs)
+            return
+        n, cols = min(theirs.get_shape()[0], ours.get_shape()[0]), theirs.get_shape()[1]
+        step = max(1, CHUNK_BYTES // (4 * cols))
+        for start in range(0, n, step):
+            stop = min(n, start + step)
+            yield start, theirs[start:stop].float() - ours[start:stop].float()
+
+    def changed(self) -> dict[str, float]:
+        """||theta_f - theta_0|| / ||theta_0|| of every 2-D tensor that changed, largest first."""
+        found = {}
+        for name in sorted(self._files[0].keys() & self._files[1].keys()):
+            if len(self._slice(0, name).get_shape()) != 2:
+                continue
+            square = sum(float(chunk.square().sum()) for _, chunk in self.delta(name))
+            if square > 0:
+                base = self._slice(0, name)[:].float().norm().item()
+                found[name] = square**0.5 / max(base, 1e-30)
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    @torch.no_grad()
+    def interpolate(self, model: transformers.PreTrainedModel, fraction: float) -> None:
+        """Write theta_0 + fraction (theta_f - theta_0) into `model`; rows only one model has stay as they are."""
+        aliases = embedding_names(model)
+        for name, parameter in model.named_parameters():
+            a, b = self.rows(name, aliases.get(name))
+            n = min(a.get_shape()[0], b.get_shape()[0])
+            step = max(1, CHUNK_BYTES // (4 * max(1, parameter[:1].numel())))
+            for start in range(0, n, step):
+                stop = min(n, start + step)
+                zero, final = a[start:stop], b[start:stop]
+                if fraction == 1.0:
+                    value = final
+                elif fraction == 0.0:
+                    value = zero
+                else:
+                    value = torch.lerp(zero.float(), final.float(), fraction)
+                parameter[start:stop].copy_(value)
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 over the weight files of each endpoint, in order of file name."""
+        return {"base": _hash_files(self._files[0]), "finetuned": _hash_files(self._files[1])}
+
+
+def embedding_names(model: transformers.PreTrainedModel) -> dict[str, str]:
+    """Each embedding's name -> the other's: where a file ties the two it holds only one of them."""
+    modules = {id(module): name for name, module in model.named_modules()}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [f"{modules[id(module)]}.weight" for module in ends if id(module) in modules]
+    return {names[0]: names[1], names[1]: names[0]} if len(names) == 2 else {}
+
+
+def _may_be_tied(name: str) -> bool:
+    """Tensors that a tied model's file may or may not hold, and buffers older versions saved."""
+    return name.endswith(("lm_head.weight", "embed_out.weight", "rotary_emb.inv_freq", "attn.bias", "attn.masked_bias"))
+
+
+def _check_match(base: str, finetuned: str) -> int:
+    """Refuse two models of different architecture or tokenizer; the number of shared vocabulary rows."""
+    ours, theirs = (
+        transformers.AutoConfig.from_pretrained(path).get_text_config() for path in (base, finetuned)
+    )
+    for field in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        a, b = getattr(ours, field, None), getattr(theirs, field, None)
+        if a != b:
+            raise UserError(f"the models do not match: {field} is {a} in {base} and {b} in {finetuned}.")
+    _check_tokenizers(base, finetuned)
+    return min(int(ours.vocab_size), int(theirs.vocab_size))
+
+
+def _check_tokenizers(base: str, finetuned: str) -> None:
+    if not os.path.isfile(os.path.join(finetuned, "tokenizer.json")):
+        return  # weights alone were published: the base model's tokenizer is used in any case
+    a, b = load_tokenizer(base).get_vocab(), load_tokenizer(finetuned).get_vocab()
+    moved = [token for token, index in a.items() if b.get(token) != index]
+    if moved:
+        token = min(moved, key=lambda t: a[t])
+        raise UserError(
+            f"the models do not match: their tokenizers differ ({len(moved)} tokens, the first {token!r} is "
+            f"{a[token]} in {base} and {b.get(token, 'absent')} in {finetuned})."
+        )
+
+
+def added_tokens(base: str, finetuned: str) -> list[str]:
+    """Tokens that only the fine-tuned model's tokenizer has, in order of id."""
+    if not os.path.isfile(os.path.join(finetuned, "tokenizer.json")):
+        return []
+    a, b = load_tokenizer(base).get_vocab(), load_tokenizer(finetuned).get_vocab()
+    return sorted(b.keys() - a.keys(), key=lambda token: b[token])
+
+
+def _hash_files(files: dict[str, str]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(set(files.values())):
+        with open(file, "rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    digest.update(json.dumps(sorted(files)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,124 @@
+"""What all workers of a run agree on: the chosen layers, the projector, and the projected target Delta.
+
+Computed once, from the endpoints' files and a model without weights, so no large model is loaded for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+
+from engine.checkpoints import Endpoints, embedding_names
+from engine.errors import UserError
+from engine.layers import matching_layers
+from engine.models import find_head
+from engine.projection import LayerShape, Projector, choose_kind, make_projector
+from engine.spec import RunSpec
+
+EXACT_LIMIT = 1 << 18
+"""Largest exact gradient stored; beyond it a row is more than a megabyte."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The chosen layers and Delta on them.
+
+    Attributes:
+        layers: shapes as the projector sees them (a label-restricted head has one row a label).
+        kind, dim, seed: of the projector.
+        aliases: the other name of a layer whose embeddings may be tied.
+        only: vocabulary rows that stand for the head's rows, or None for the shared vocabulary.
+        head: name of the head's weight.
+        vocab: rows that both vocabularies share.
+    """
+
+    layers: tuple[LayerShape, ...]
+    kind: str
+    dim: int
+    seed: int
+    aliases: dict[str, str]
+    only: list[int] | None
+    head: str
+    vocab: int
+
+    def projector(self, device: str = "cpu") -> Projector:
+        """The one projector of the run, on a device."""
+        return make_projector(self.kind, self.dim, self.seed, self.layers, device=device)
+
+    def delta(self, endpoints: Endpoints, layer: LayerShape) -> Iterator[tuple[int, torch.Tensor]]:
+        """theta_0 - theta_f of one layer, (start row, (rows, cols) float32) chunk by chunk."""
+        only = self.only if layer.name == self.head else None
+        return endpoints.delta(layer.name, self.aliases.get(layer.name), only)
+
+    def project(self, endpoints: Endpoints) -> tuple[npt.NDArray[np.float64], float]:
+        """Projected Delta (dim,) float64 and ||Delta|| before projection.
+
+        Raises:
+            UserError: Delta is zero on these layers; the message says which layers did change.
+        """
+        projector = self.projector()
+        total = torch.zeros(projector.dim, dtype=torch.float64)
+        square = 0.0
+        for index, layer in enumerate(self.layers):
+            square += sum(float(c.double().square().sum()) for _, c in self.delta(endpoints, layer))
+            total += projector.project_matrix(index, self.delta(endpoints, layer))
+        if square == 0.0:
+            raise UserError(_unmoved(", ".join(layer.name for layer in self.layers[:3]), endpoints.changed()))
+        return total.numpy(), square**0.5
+
+
+def choose_target(spec: RunSpec, endpoints: Endpoints, label_ids: list[int]) -> Target:
+    """Layers and projector that the spec asks for.
+
+    Args:
+        label_ids: vocabulary ids of the label words; empty in language modelling.
+
+    Raises:
+        UserError: no such layer, or an exact projection too large to store.
+    """
+    config = transformers.AutoConfig.from_pretrained(
+        endpoints.finetuned, trust_remote_code=spec.models.trust_remote_code
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, trust_remote_code=spec.models.trust_remote_code
+        )
+    head = find_head(model)
+    restricted = bool(label_ids) and spec.task.label_softmax == "restricted"
+    rows = len(label_ids) if restricted else endpoints.vocab
+    settings = spec.gradients
+    if settings.layers == "last":
+        layers = [LayerShape(head.name, rows, head.weight.shape[1])]
+    else:
+        layers = matching_layers(model, settings.layers, head.name, rows)
+    kind = choose_kind(settings.projector, settings.dim, layers)
+    size = sum(layer.rows * layer.cols for layer in layers)
+    if kind == "exact" and size > EXACT_LIMIT:
+        raise UserError(
+            f"gradients.projector=exact would store {size:,} numbers a document: use tensorsketch or auto."
+        )
+    return Target(
+        layers=tuple(layers),
+        kind=kind,
+        dim=size if kind == "exact" else settings.dim,
+        seed=settings.seed,
+        aliases=embedding_names(model),
+        only=list(label_ids) if restricted else None,
+        head=head.name,
+        vocab=endpoints.vocab,
+    )
+
+
+def _unmoved(layers: str, changed: dict[str, float]) -> str:
+    if not changed:
+        return "the two models have equal weights: there is nothing to explain; check models.finetuned."
+    some = ", ".join(list(changed)[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+    return (
+        f"the fine-tuned model equals the base on the chosen layers ({layers}); the layers that changed are "
+        f"{some}: set gradients.layers=all_linear, or a regular expression that matches them."
+    )
