@@ -129,10 +129,10 @@ class WritePartition:
             reasons = gradients.problems | {i: why for i, (_, why) in problems.items()}
             gradients = dataclasses.replace(gradients, problems=reasons)
             ids = self._ids(partition, reasons, {i: id_ for i, (id_, _) in problems.items()})
-            record = self.store.write(partition, gradients, self.job.fingerprint, ids)
+            record = self.store.write(partition, gradients, self.job.fingerprint, ids, about["truncated"])
         except UserError as error:
             return {"receipt": json.dumps({"error": str(error)})}
-        return {"receipt": json.dumps({**record, "truncated": about["truncated"]})}
+        return {"receipt": json.dumps(record)}
 
     def _ids(self, partition: int, problems: dict[int, str], known: dict[int, str]) -> dict[int, str]:
         """Ids of all quarantined documents; read again only when the gradients added some."""

@@ -89,13 +89,21 @@ class GradientStore:
             raise UserError(f"{run.uri} has no gradient store: run `unbake extract` first.")
         return cls(run, _open_group(run, "r+" if writable else "r"))
 
-    def write(self, partition: int, gradients: PartitionGradients, fingerprint: str, ids: dict[int, str]) -> dict[str, Any]:
+    def write(
+        self,
+        partition: int,
+        gradients: PartitionGradients,
+        fingerprint: str,
+        ids: dict[int, str],
+        truncated: int = 0,
+    ) -> dict[str, Any]:
         """Write one partition's shard, then its completion record, and return that record.
 
         Args:
             gradients: the partition's n documents, in row order.
             fingerprint: of the extraction, kept in the record.
             ids: position -> document id of the quarantined ones.
+            truncated: documents that were cut before they were encoded.
         """
         start = partition * self.block_rows
         n = len(gradients.label)
@@ -115,6 +123,7 @@ class GradientStore:
             "rows": n,
             "fingerprint": fingerprint,
             "sha256": digest.hexdigest(),
+            "truncated": truncated,
             "tokens": int(gradients.tokens.sum()),
             "quarantined": [[start + i, ids.get(i, ""), why] for i, why in sorted(gradients.problems.items())],
         }

@@ -1,0 +1,185 @@
+"""unbake extract: plan the corpus, lay out the store, and stream every document's gradients into it."""
+
+from __future__ import annotations
+
+import collections
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+import cluster.extract
+from cluster.session import gpus_per_worker, session
+from engine.checkpoints import added_tokens
+from engine.corpus import Plan, make_plan
+from engine.errors import UserError
+from engine.models import is_quantised
+from engine.rundir import QUARANTINE, fingerprint
+from engine.store import VALID, GradientStore, StoreShape
+from engine.target import Target, choose_target
+from jobs.job import Job
+
+STAGE = "extract"
+CODE = 1
+"""Raised whenever the same inputs would give other bytes."""
+
+LOW_CONFIDENCE = 0.5
+"""Mean confidence of the fine-tuned model on the corpus below which its labels are doubted (classification)."""
+
+
+def extract(job: Job) -> dict[str, Any]:
+    """Run the stage; its result: documents, quarantined, label counts, seconds, ..."""
+    endpoints, encoder = job.endpoints, job.encoder
+    target = choose_target(job.spec, endpoints, encoder.label_ids)
+    with session(job.spec.ray, job.verbose):
+        plan = make_plan(job.spec.corpus, job.run)
+        if job.spec.select.size > plan.n_rows:
+            raise UserError(
+                f"select.size is {job.spec.select.size:,} and the corpus has {plan.n_rows:,} documents: "
+                "choose fewer, or give a larger corpus."
+            )
+        inputs = _inputs(job, plan)
+        return job.guarded(STAGE, inputs, lambda: _extract(job, plan, target, inputs))
+
+
+def _inputs(job: Job, plan: Plan) -> dict[str, Any]:
+    """All that the store's bytes depend on."""
+    hashes = job.model_hashes
+    return {
+        "models.base": hashes["base"],
+        "models.finetuned": hashes["finetuned"],
+        "corpus": plan.fingerprint,
+        **job.section("task"),
+        "task.loss_scope": job.spec.loss_scope,
+        **job.section("gradients"),
+        "extract.threads": job.spec.extract.threads,
+        "device": "cuda" if gpus_per_worker(job.spec.extract.gpus_per_worker) else "cpu",
+        "code": CODE,
+    }
+
+
+def _extract(job: Job, plan: Plan, target: Target, inputs: dict[str, Any]) -> dict[str, Any]:
+    _warn_models(job)
+    delta, delta_norm = target.project(job.endpoints)
+    stamp = fingerprint(inputs)
+    shape = StoreShape(len(job.spec.gradients.fractions), plan.n_rows, target.dim, plan.partition_rows)
+    about = {"fingerprint": stamp, "projector": target.projector().describe(), "delta_norm": delta_norm}
+    store = GradientStore.create(job.run, shape, delta, {**about, "fractions": job.spec.gradients.fractions})
+    done = store.done(stamp)
+    todo = [p for p in range(plan.n_partitions) if p not in done]
+    rows_done = sum(record["rows"] for record in done.values())
+    watch = _Quarantine(job, plan.n_rows, done)
+    started = time.monotonic()
+    with job.progress.stage(STAGE, plan.n_rows, "documents", rows_done) as stage:
+        if todo:
+            work = cluster.extract.ExtractJob(
+                spec=job.spec,
+                run_uri=job.run.uri,
+                plan=plan,
+                target=target,
+                base=job.endpoints.base,
+                finetuned=job.endpoints.finetuned,
+                fingerprint=stamp,
+            )
+
+            def on_receipt(receipt: dict[str, Any]) -> None:
+                watch.add(receipt)
+                stage.advance(receipt["rows"])
+
+            cluster.extract.extract(work, todo, on_receipt)
+    missing = sorted(set(range(plan.n_partitions)) - store.done(stamp).keys())
+    if missing:
+        raise UserError(
+            f"partition {missing[0]} was not written, after {job.spec.extract.max_attempts} attempts "
+            f"({len(missing)} in all): run the same command again to retry them."
+        )
+    watch.write()
+    return _result(job, store, target, watch, time.monotonic() - started)
+
+
+class _Quarantine:
+    """Counts quarantined documents as receipts come in; stops the run when their share is too large."""
+
+    def __init__(self, job: Job, documents: int, done: dict[int, dict[str, Any]]) -> None:
+        self._job, self._documents = job, documents
+        self._records: dict[int, dict[str, Any]] = {}
+        self.count = self.tokens = self.truncated = 0
+        for record in done.values():
+            self.add(record)
+
+    def add(self, record: dict[str, Any]) -> None:
+        self._records[record["partition"]] = record
+        self.count += len(record["quarantined"])
+        self.tokens += record["tokens"]
+        self.truncated += record["truncated"]
+        allowed = self._job.spec.corpus.max_quarantined
+        if self.count > allowed * self._documents:
+            self.write()
+            row, id_, why = self._rows()[0]
+            raise UserError(
+                f"{self.count:,} of {self._documents:,} documents could not be used, more than the allowed share "
+                f"of {allowed:.0%} (corpus.max_quarantined); the first is row {row}, id {id_}: {why}; all are in "
+                f"{self._job.run.path(QUARANTINE)}."
+            )
+
+    def reasons(self) -> dict[str, int]:
+        """Reason -> number of documents, most frequent first."""
+        return dict(collections.Counter(why for _, _, why in self._rows()).most_common())
+
+    def write(self) -> None:
+        rows, ids, why = zip(*self._rows(), strict=True) if self.count else ((), (), ())
+        schema = pa.schema([("row", pa.int64()), ("doc_id", pa.string()), ("reason", pa.string())])
+        self._job.run.write_table(QUARANTINE, pa.table([list(rows), list(ids), list(why)], schema=schema))
+
+    def _rows(self) -> list[tuple[int, str, str]]:
+        return sorted(tuple(entry) for record in self._records.values() for entry in record["quarantined"])
+
+
+def _result(
+    job: Job, store: GradientStore, target: Target, watch: _Quarantine, seconds: float
+) -> dict[str, Any]:
+    valid = store.column("state") == VALID
+    confidence = store.column("confidence")[valid]
+    if not valid.any():
+        raise UserError("every document of the corpus was quarantined: see quarantine.parquet for the reasons.")
+    classifies = job.spec.task.kind == "classification"
+    counts = np.bincount(store.column("label")[valid], minlength=len(job.spec.task.labels)) if classifies else []
+    mean = float(confidence.mean())
+    if classifies and mean < LOW_CONFIDENCE:
+        job.progress.warn(
+            STAGE,
+            f"the fine-tuned model is unsure of the corpus (mean confidence {mean:.2f}): its labels, and with "
+            "them the selection, may mean little; try a corpus nearer to the task.",
+        )
+    histogram, _ = np.histogram(confidence, bins=20, range=(0.0, 1.0))
+    return {
+        "documents": store.n_rows,
+        "quarantined": watch.count,
+        "quarantine_reasons": watch.reasons(),
+        "truncated": watch.truncated,
+        "tokens": watch.tokens,
+        "label_counts": [int(c) for c in counts],
+        "mean_confidence": mean,
+        "confidence_histogram": [int(c) for c in histogram],
+        "projector": target.kind,
+        "dim": target.dim,
+        "layers": [layer.name for layer in target.layers],
+        "checkpoints": job.spec.gradients.fractions,
+        "seconds": round(seconds, 3),
+        "documents_per_second": round(store.n_rows / max(seconds, 1e-9), 3),
+    }
+
+
+def _warn_models(job: Job) -> None:
+    endpoints = job.endpoints
+    extra = added_tokens(endpoints.base, endpoints.finetuned)
+    if extra:
+        job.progress.warn(
+            STAGE,
+            f"the fine-tuned model has {len(extra)} tokens of its own ({', '.join(extra[:3])}...): they are left "
+            "out, the models are compared on the shared vocabulary.",
+        )
+    for name, path in (("base", endpoints.base), ("finetuned", endpoints.finetuned)):
+        if is_quantised(path):
+            job.progress.warn(STAGE, f"models.{name} is quantised: part of Delta is quantisation noise.")

@@ -1,0 +1,78 @@
+"""Job: the spec, the run directory and the voice that every stage shares, and how a stage is guarded."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from engine.checkpoints import Endpoints
+from engine.encode import Encoder
+from engine.models import load_tokenizer, resolve
+from engine.rundir import ENDPOINTS, RunDir, fingerprint
+from engine.spec import RunSpec
+from jobs.progress import Progress
+
+
+@dataclasses.dataclass
+class Job:
+    """One invocation: `spec`, its run directory, and where it reports to."""
+
+    spec: RunSpec
+    quiet: bool = False
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        self.run = RunDir(self.spec.run_dir)
+        self.progress = Progress(self.run, self.quiet)
+
+    def guarded(self, stage: str, inputs: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run a stage unless it is complete with equal inputs; its result either way.
+
+        Raises:
+            UserError: the run directory holds this stage's output for other inputs.
+        """
+        if self.run.completed(stage, inputs):
+            self.progress.skip(stage)
+            return self.run.stage_result(stage)
+        self.run.begin(stage, inputs)
+        self.run.save_spec(self.spec)
+        result = work()
+        self.run.finish(stage, inputs, result)
+        return result
+
+    @functools.cached_property
+    def endpoints(self) -> Endpoints:
+        """Both models as local folders of safetensors, checked to match; converted ones lie in the run."""
+        models = self.spec.models
+        folder = self.run.path(ENDPOINTS) if self.run.local else _scratch(self.run.uri)
+        remote = models.trust_remote_code
+        base = resolve(models.base, f"{folder}/base", None, models.base_revision, remote)
+        finetuned = resolve(models.finetuned, f"{folder}/finetuned", base, models.finetuned_revision, remote)
+        return Endpoints(base, finetuned)
+
+    @functools.cached_property
+    def model_hashes(self) -> dict[str, str]:
+        """sha256 of each endpoint's weights."""
+        return self.endpoints.hashes()
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The run's encoder, on the base model's tokenizer."""
+        tokenizer = load_tokenizer(self.endpoints.base, self.spec.models.trust_remote_code)
+        return Encoder(tokenizer, self.spec.task, self.spec.loss_scope)
+
+    def section(self, name: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
+        """A section of the spec as flat fingerprint fields, `section.field` -> value."""
+        fields = getattr(self.spec, name).model_dump(mode="json")
+        return {f"{name}.{field}": value for field, value in fields.items() if field not in without}
+
+
+def _scratch(uri: str) -> str:
+    """A folder of this host for models converted for a run on an object store."""
+    folder = os.path.join(tempfile.gettempdir(), f"unbake-{fingerprint(uri)[:16]}")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return folder
