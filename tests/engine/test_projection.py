@@ -161,10 +161,9 @@ from engine.projection import LayerShape, make_projector
 torch.set_num_threads(1)
 matrix = torch.arange(60 * 7).reshape(60, 7).remainder(13).float()
 layers = [LayerShape("a", 60, 7), LayerShape("b", 60, 7)]
-print(json.dumps([
-    hashlib.sha256(make_projector(kind, 96, 11, layers).project_matrix(1, [(0, matrix)]).numpy().tobytes()).hexdigest()
-    for kind in ["exact", "rademacher", "tensorsketch"]
-]))
+projectors = [make_projector(kind, 96, 11, layers) for kind in ["exact", "rademacher", "tensorsketch"]]
+projected = [projector.project_matrix(1, [(0, matrix)]) for projector in projectors]
+print(json.dumps([hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in projected]))
 """
 
 
