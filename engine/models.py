@@ -41,6 +41,11 @@ class Head:
         z = torch.nn.functional.linear(hidden, weight).float()
         if self.bias is not None:
             z = z + (self.bias if rows is None else self.bias[rows]).float()
+        return self.finish(z)
+
+    def finish(self, z: torch.Tensor) -> torch.Tensor:
+        """Logits of the linear layer's output z, bias included: scale and soft-capping; same shape, float32."""
+        z = z.float()
         if self.scale != 1.0:
             z = z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
@@ -180,12 +185,27 @@ def resolve(
     return folder
 
 
-def save(model: transformers.PreTrainedModel, tokenizer: Any, target: str) -> None:
-    """Write a model folder whole or not at all: built beside its place, then renamed."""
+def save(
+    model: transformers.PreTrainedModel,
+    tokenizer: Any,
+    target: str,
+    state: dict[str, torch.Tensor] | None = None,
+    notes: dict[str, str] | None = None,
+) -> None:
+    """Write a model folder whole or not at all: built beside its place, then renamed.
+
+    Args:
+        state: weights to write instead of the model's own (ZeRO-3 holds them in pieces).
+        notes: further text files, name -> contents.
+    """
     part = f"{target}.part"
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part, safe_serialization=True)
+    # transformers empties the mapping it is given, so it gets a copy
+    model.save_pretrained(part, state_dict=None if state is None else dict(state), safe_serialization=True)
     tokenizer.save_pretrained(part)
+    for name, text in (notes or {}).items():
+        with open(os.path.join(part, name), "w", encoding="utf-8") as file:
+            file.write(text)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(part, target)
 

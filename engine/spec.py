@@ -175,17 +175,34 @@ class Retrain(Section):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_share: float = Field(0.05, ge=0, le=1, description="share of steps with rising learning rate")
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd alone")
+    weight_decay: float = Field(0.0, ge=0, description="of matrices; biases and norms never decay")
     max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
     batch_size: int = Field(16, ge=1, description="documents a step, over all workers")
-    micro_batch_size: int | None = Field(None, ge=1, description="documents a forward pass; default: all of them")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="documents in one forward pass of a worker; default: its share of the step"
+    )
     dtype: DType = Field("auto", description="auto: bfloat16 with float32 master weights")
     freeze_below: int = Field(0, ge=0, description="train only the blocks from this one up, the norm and the head")
+    freeze_head: bool = Field(False, description="leave the output embedding as it is (and a tied input one)")
+    dropout: bool = Field(False, description="the model's own dropout; off, any number of workers trains alike")
+    activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     early_stopping: bool = Field(False, description="keep the epoch with the best validation result")
+    patience: int | None = Field(None, ge=1, description="early stopping: stop after so many epochs without a better")
     workers: int = Field(1, ge=1)
     gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 if the cluster has GPUs, else 0")
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker; default: its share of the node")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    offload_optimizer: bool = Field(False, description="ZeRO 1 to 3: keep the optimizer's state in main memory")
+    offload_parameters: bool = Field(False, description="ZeRO 3: keep the weights in main memory")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="merged into the DeepSpeed configuration; may not contradict the spec"
+    )
+    checkpoint_steps: int | None = Field(
+        None, ge=0, description="steps between checkpoints; default: one an epoch; 0: none, a lost job starts over"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="the last so many checkpoints are kept")
+    max_failures: int = Field(3, ge=0, description="times that lost workers are replaced")
 
     @field_validator("strategies", "seeds")
     @classmethod
@@ -193,6 +210,18 @@ class Retrain(Section):
         if not value or len(set(value)) != len(value):
             raise ValueError("must be a non-empty list without repetitions")
         return value
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Retrain:
+        if self.patience is not None and not self.early_stopping:
+            raise ValueError("patience needs early_stopping")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError("momentum is for optimizer sgd")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3")
+        return self
 
 
 class Evaluate(Section):
