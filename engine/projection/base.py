@@ -125,9 +125,9 @@ def one_token_each(docs: Tensor, n_docs: int) -> bool:
     return docs.shape[0] == n_docs and torch.equal(docs, torch.arange(n_docs, device=docs.device))
 
 
-def first_tokens(docs: Tensor, n_docs: int) -> Tensor:
-    """Index of each document's first token, (n_docs,); a document's tokens are consecutive."""
-    return torch.searchsorted(docs, torch.arange(n_docs, device=docs.device))
+def token_bounds(docs: Tensor, n_docs: int) -> list[int]:
+    """Document i owns tokens bounds[i] .. bounds[i + 1] - 1; n_docs + 1 numbers."""
+    return torch.searchsorted(docs, torch.arange(n_docs + 1, device=docs.device)).tolist()
 
 
 def gradients(errors: Tensor, hidden: Tensor, docs: Tensor, n_docs: int) -> Tensor:
@@ -139,8 +139,7 @@ def gradients(errors: Tensor, hidden: Tensor, docs: Tensor, n_docs: int) -> Tens
     if one_token_each(docs, n_docs):
         return (errors[:, :, None] * hidden[:, None, :]).flatten(1)
     result = errors.new_zeros(n_docs, errors.shape[1], hidden.shape[1])
-    bounds = [*first_tokens(docs, n_docs).tolist(), len(docs)]
-    for doc, (start, stop) in enumerate(itertools.pairwise(bounds)):
+    for doc, (start, stop) in enumerate(itertools.pairwise(token_bounds(docs, n_docs))):
         if stop > start:
             result[doc] = errors[start:stop].clone().t() @ hidden[start:stop].clone()
     return result.flatten(1)

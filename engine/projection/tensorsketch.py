@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.errors import UserError
-from engine.projection.base import LayerShape, Projector, State, first_tokens, one_token_each
+from engine.projection.base import LayerShape, Projector, State, token_bounds
 from engine.projection.hashing import PRIME, VERSION, buckets_and_signs
 
 BLOCK = 64  # tokens (columns) transformed at a time: their spectra stay in cache
+GPU_BLOCK = 4096  # there, few large kernels
 
 
 class Groups(NamedTuple):
@@ -36,7 +37,7 @@ class TensorSketch(Projector):
             + 4 |X|^2 |Y|^2 / dim^2
 
     so the leading term is that of a dense projection, (|X|^2 |Y|^2 + <X,Y>^2) / dim, up to three times it
-    where X and Y share their row or column space; the usual bound for degree 2 is (3^2 - 1) |X|^2 |Y|^2 / dim.
+    where X and Y share their row or column space; the usual bound for degree 2 is 8 |X|^2 |Y|^2 / dim.
     """
 
     kind = "tensorsketch"
@@ -75,19 +76,17 @@ class TensorSketch(Projector):
 
     def finish(self, state: State, hidden: Tensor, docs: Tensor, n_docs: int) -> Tensor:
         """See `Projector.finish`."""
-        if len(docs) == 0:
-            return state.values.new_zeros(n_docs, self.dim)
         buckets, signs = self._cols[state.layer]
         sketched = group_sums(hidden.t().float().contiguous(), group(buckets, signs, self.dim))
-        errors, inputs = state.values.t(), sketched.t()
-        blocks = zip(errors.split(BLOCK), inputs.split(BLOCK), strict=True)
-        spectra = (multiply(torch.fft.rfft(e), torch.fft.rfft(h)) for e, h in blocks)
-        if not one_token_each(docs, n_docs):
-            tokens = torch.view_as_real(torch.cat(list(spectra))).flatten(1)
-            starts = first_tokens(docs, n_docs)
-            sums = group_sums(tokens, Groups(torch.arange(len(docs), device=docs.device), starts, None))
-            spectra = (torch.view_as_complex(x) for x in sums.view(n_docs, -1, 2).split(BLOCK))
-        return torch.cat([torch.fft.irfft(block, n=self.dim) for block in spectra])
+        errors, inputs = state.values.t().contiguous(), sketched.t().contiguous()
+        result = errors.new_zeros(n_docs, self.dim)
+        bounds = token_bounds(docs, n_docs)
+        for first, last in document_blocks(bounds, BLOCK if errors.is_cpu else GPU_BLOCK):
+            tokens = slice(bounds[first], bounds[last])
+            spectra = multiply(torch.fft.rfft(errors[tokens]), torch.fft.rfft(inputs[tokens]))
+            spectra = sum_documents(spectra, [bound - tokens.start for bound in bounds[first:last]])
+            result[first:last] = torch.fft.irfft(spectra, n=self.dim)
+        return result
 
     def project_matrix(self, layer: int, chunks: Iterable[tuple[int, Tensor]]) -> Tensor:
         """See `Projector.project_matrix`: rows go to buckets, then each column turns to its place."""
@@ -129,6 +128,29 @@ def group_sums(values: Tensor, groups: Groups) -> Tensor:
     """
     signs = None if groups.signs is None else groups.signs.to(values.dtype)
     return functional.embedding_bag(groups.order, values, groups.starts, mode="sum", per_sample_weights=signs)
+
+
+def document_blocks(bounds: list[int], n_tokens: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole documents, first to last - 1, of at least `n_tokens` tokens but for the last range.
+
+    Documents without tokens at the end are left out.
+    """
+    first = 0
+    for last in range(1, len(bounds)):
+        tokens = bounds[last] - bounds[first]
+        if tokens >= n_tokens or (tokens and last == len(bounds) - 1):
+            yield first, last
+            first = last
+
+
+def sum_documents(spectra: Tensor, starts: list[int]) -> Tensor:
+    """Sums of consecutive rows, (tokens, frequencies) -> (documents, frequencies) complex64."""
+    if starts == list(range(len(spectra))):
+        return spectra
+    order = torch.arange(len(spectra), device=spectra.device)
+    groups = Groups(order, torch.tensor(starts, device=spectra.device), None)
+    sums = group_sums(torch.view_as_real(spectra).flatten(1), groups)
+    return torch.view_as_complex(sums.unflatten(1, (-1, 2)))
 
 
 def multiply(x: Tensor, y: Tensor) -> Tensor:
