@@ -91,7 +91,7 @@ def _jsonl(source: Source) -> Iterator[Record]:
 
 def _json_record(number: int, line: bytes) -> Record:
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode().rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return Record(number, None, f"the line is not UTF-8 (byte {error.start})")
     except RecursionError:
