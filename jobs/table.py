@@ -11,7 +11,7 @@ from engine.report.numbers import gap, plus_minus, value
 
 
 def print_table(metrics: dict[str, Any], console: Console) -> None:
-    """Print metrics.json's table (see `engine.evaluate.comparison`), and its warnings below."""
+    """Print metrics.json's table (see `engine.evaluate.comparison`); its warnings are the caller's to say."""
     name = metrics["metric"]
     measured = (metrics.get("measured") or {}).get("test") or {}
     caption = f"{measured['documents']:,} test documents" if measured else None
@@ -30,5 +30,3 @@ def print_table(metrics: dict[str, Any], console: Console) -> None:
         )
     table.add_row("fine-tuned (the true documents)", value(metrics["finetuned"], name), "", "")
     console.print(table)
-    for warning in metrics["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)

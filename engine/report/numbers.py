@@ -10,7 +10,7 @@ def value(number: float | None, metric: str) -> str:
     if number is None:
         return NONE
     if metric == "accuracy":
-        return f"{100 * number:.1f} %"
+        return f"{100 * number:.1f}%"
     return f"{number:.2f}" if number < 1000 else f"{number:.3g}"
 
 
@@ -19,20 +19,30 @@ def plus_minus(mean: float | None, spread: float | None, metric: str) -> str:
     if mean is None or spread is None:
         return value(mean, metric)
     if metric == "accuracy":
-        return f"{100 * mean:.1f} ± {100 * spread:.1f} %"
+        return f"{100 * mean:.1f} ± {100 * spread:.1f}%"
     return f"{value(mean, metric)} ± {value(spread, metric)}"
 
 
 def gap(closed: float | None, spread: float | None) -> str:
-    """A share of the gap in whole percent."""
+    """A share of the gap in whole percent, or with one digit where the spread asks for it."""
     if closed is None:
         return NONE
-    return f"{100 * closed:.0f} %" if spread is None else f"{100 * closed:.0f} ± {100 * spread:.0f} %"
+    if not spread:  # one seed, or random itself
+        return f"{100 * closed:.0f}%"
+    digits = 0 if spread >= 0.01 else 1
+    return f"{100 * closed:.{digits}f} ± {100 * spread:.{digits}f}%"
 
 
 def figures(number: float | None, digits: int = 3) -> str:
     """A number with so many significant figures."""
-    return NONE if number is None else f"{number:.{digits}g}"
+    if number is None or number != number:
+        return NONE
+    return f"{number:.{digits}g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def fixed(number: float | None, decimals: int) -> str:
+    """A number with so many decimals."""
+    return NONE if number is None or number != number else f"{number:.{decimals}f}"
 
 
 def count(number: int | None) -> str:
