@@ -146,7 +146,7 @@ def id_text(value: object) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        value = json.dumps(value, sort_keys=True, default=str)
+        value = json.dumps(value, default=str) if isinstance(value, bool | list | dict) else str(value)
     return value.encode("utf-8", "backslashreplace").decode()
 
 

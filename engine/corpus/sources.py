@@ -120,15 +120,39 @@ def _matches(fs: Any, path: str) -> tuple[dict[str, Any], str, bool]:
 
 
 def _below(fs: Any, folder: str) -> Iterator[tuple[str, Any]]:
+    """(path, info) of every file in a folder and those below it that is not hidden."""
     prefix = folder.rstrip("/") + "/"
-    for path, info in fs.find(folder, detail=True).items():
+    found = _walk_local(fs, folder) if _is_local(fs) else fs.find(folder, detail=True).items()
+    for path, info in found:
         if not any(part[:1] in "._" for part in path.removeprefix(prefix).split("/")):
             yield path, info
 
 
+def _walk_local(fs: Any, folder: str) -> Iterator[tuple[str, Any]]:
+    """As `find`; but that leaves out folders it may not read, and walks a link to a parent many times."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders.sort()
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for path in (os.path.join(parent, name) for name in names):
+            if os.path.isfile(path):  # a named pipe would be waited on for ever
+                yield path, fs.info(path)
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
 def _source(fs: Any, path: str, base: str, info: dict[str, Any], kind: str | None) -> Source:
-    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-    file = os.path.abspath(path) if "file" in protocols else fs.unstrip_protocol(path)
+    file = os.path.abspath(path) if _is_local(fs) else fs.unstrip_protocol(path)
     stamp = next((str(info[key]) for key in _STAMPS if info.get(key) is not None), "")
     size = info.get("size")
     assert kind is not None

@@ -95,8 +95,10 @@ def test_ids_of_any_type_are_labels(tmp_path: Path) -> None:
     got = load(tmp_path / "a.jsonl", tmp_path / "run", id="n")
     hashed = "e3b98a4da31a127d"  # printf t | sha256sum
     assert got.ids == ["1", "x", hashed, "[1, 2]", "true", "\\ud800", "x"]
-    pq.write_table(pa.table({"text": ["t", "t"], "n": [7, None]}), tmp_path / "b.parquet")
+    days = pa.array([18262, None], pa.date32())
+    pq.write_table(pa.table({"text": ["t", "t"], "n": [7, None], "day": days}), tmp_path / "b.parquet")
     assert load(tmp_path / "b.parquet", tmp_path / "run2", id="n").ids == ["7", hashed]
+    assert load(tmp_path / "b.parquet", tmp_path / "run3", id="day").ids == ["2020-01-01", hashed]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])

@@ -8,6 +8,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -217,12 +220,32 @@ def test_the_fingerprint_knows_what_shapes_documents(
     assert other.fingerprint != make_plan(corpus, run).fingerprint
 
 
-def test_a_killed_conversion_starts_over(corpus: Corpus, run: RunDir, tmp_path: Path) -> None:
-    whole = make_plan(corpus, RunDir(str(tmp_path / "undisturbed")))
-    run.write_bytes(f"{CORPUS}/part-00000.parquet", b"half of it")
-    run.write_bytes(f"{CORPUS}/part-00009.parquet", b"left over")
-    assert make_plan(corpus, run).fingerprint == whole.fingerprint
+KILLED = """
+import os, signal, sys
+from engine.corpus import make_plan
+from engine.rundir import RunDir
+from engine.spec import Corpus
+
+def die(converted):
+    if converted > 2000:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+make_plan(Corpus(paths=[sys.argv[1]], partition_rows=16), RunDir(sys.argv[2]), die, part_bytes=1)
+"""
+
+
+def test_a_killed_conversion_starts_over(run: RunDir, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(3000)])
+    env = {**os.environ, "PYTHONPATH": os.getcwd()}
+    dead = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a.jsonl"), run.uri], env=env)
+    assert dead.returncode == -signal.SIGKILL
     assert run.names(CORPUS) == ["part-00000.parquet"]
+    assert not run.exists(PLAN)
+    corpus = Corpus(paths=[str(tmp_path / "a.jsonl")], partition_rows=16)
+    undisturbed = RunDir(str(tmp_path / "undisturbed"))
+    make_plan(corpus, undisturbed)
+    make_plan(corpus, run)
+    assert tree(run) == tree(undisturbed)
 
 
 def test_a_failing_conversion_leaves_nothing(corpus: Corpus, run: RunDir, tmp_path: Path) -> None:
@@ -259,6 +282,16 @@ def test_files_of_a_folder_are_sorted_and_hidden_ones_left_out(run: RunDir, tmp_
         "a/b/c.jsonl",
         "a/z.jsonl",
     ]
+
+
+def test_links_are_followed_once_and_pipes_left_alone(run: RunDir, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in" / "a.jsonl", ["a"])
+    write_jsonl(tmp_path / "far" / "b.jsonl", ["b"])
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "far")
+    os.mkfifo(tmp_path / "in" / "pipe.jsonl")
+    corpus = Corpus(paths=[str(tmp_path / "in")])
+    assert everything(make_plan(corpus, run), corpus).text == ["a", "b"]
 
 
 def test_globs_find_files_and_folders(run: RunDir, tmp_path: Path) -> None:
