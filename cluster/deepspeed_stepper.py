@@ -1,0 +1,148 @@
+"""DeepSpeed behind `engine.training.Stepper`: one of many workers, with checkpoints and gathered weights.
+
+Imported by training workers alone; deepspeed itself only inside functions, because importing it claims
+devices and reads the environment.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from cluster.deepspeed_config import deepspeed_config
+from engine.encode import Batch
+from engine.models import load_model
+from engine.recipe import make_optimizer, prepare, require_dtype
+from engine.spec import Retrain
+from engine.training import document_scores
+
+TAG = "state"
+
+
+class DocumentScores(torch.nn.Module):
+    """`document_scores` as a module, so that DeepSpeed's hooks see every use of a weight."""
+
+    def __init__(self, model: transformers.PreTrainedModel, label_ids: list[int] | None) -> None:
+        super().__init__()
+        self.model, self.label_ids = model, label_ids
+
+    def forward(self, batch: Batch, hits: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Losses and hits of the batch's documents."""
+        return document_scores(self.model, batch, self.label_ids, hits)
+
+
+class DeepSpeedStepper:
+    """A worker's share of a DeepSpeed training; see `engine.training.Stepper`."""
+
+    def __init__(
+        self,
+        base: str,
+        retrain: Retrain,
+        label_ids: list[int] | None,
+        passes: tuple[int, int],
+        device: torch.device,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Load the base model and hand it to DeepSpeed. torch.distributed must be initialised.
+
+        Args:
+            passes: forward passes of this worker in one step, and documents in each.
+        """
+        deepspeed = import_deepspeed()
+        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.passes, self._done = passes[0], 0
+        dtype = require_dtype(retrain, device.type)
+        config = deepspeed_config(retrain, passes, str(dtype).removeprefix("torch."))
+        self.stage = config["zero_optimization"]["stage"]
+        partitioned = _partition_on_load(config) if self.stage == 3 else None
+        self.model = prepare(load_model(base, dtype, device, trust_remote_code), retrain)
+        del partitioned
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.trained = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+        self.engine, *_ = deepspeed.initialize(
+            model=DocumentScores(self.model, label_ids),
+            model_parameters=trained,
+            optimizer=make_optimizer(trained, retrain),
+            config=config,
+            dist_init_required=False,
+        )
+
+    def scores(self, batch: Batch, hits: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Stepper`."""
+        return self.engine(batch, hits)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See `Stepper`. DeepSpeed counts the passes of a step, so all but the last are stepped here."""
+        self.engine.backward(loss, scale_wrt_gas=False)
+        self._done += 1
+        if self._done < self.passes:
+            self.engine.step()
+
+    def step(self, rate: float) -> None:
+        """See `Stepper`."""
+        assert self._done == self.passes, "every worker makes the same number of passes in a step"
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+        self._done = 0
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """See `Stepper`."""
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    def save(self, folder: str) -> None:
+        """Write this worker's part of a checkpoint: trained weights and optimizer state."""
+        self.engine.save_checkpoint(folder, tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: str) -> None:
+        """Continue from a checkpoint of as many workers; frozen weights are those of the base model."""
+        path, _ = self.engine.load_checkpoint(folder, tag=TAG, load_module_strict=False)
+        assert path is not None, f"no checkpoint in {folder}"
+
+    def gathered(self) -> dict[str, torch.Tensor]:
+        """The whole model's weights on the CPU of rank 0, tied ones sharing memory; empty on other ranks.
+
+        Every rank has to call it: ZeRO-3 gathers one weight at a time.
+        """
+        import deepspeed
+
+        state: dict[str, torch.Tensor] = {}
+        copies: dict[int, torch.Tensor] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            pieces = [tensor] if hasattr(tensor, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(pieces, enabled=bool(pieces)):
+                if self.rank == 0:
+                    copy = copies.setdefault(id(tensor), tensor.detach().to("cpu", copy=True))
+                    state[name] = copy
+        return state
+
+    def close(self) -> None:
+        """Give back what the engine holds, so that another can follow in this process."""
+        self.engine.destroy()
+        del self.engine, self.model
+
+
+def import_deepspeed() -> Any:
+    """deepspeed, without its shared-memory operation.
+
+    That operation serves inference on CPUs alone, yet the first `initialize` would compile it: 50 s, a C++
+    compiler, and a lock file that makes the next run wait for ever when the build is killed.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _partition_on_load(config: dict[str, Any]) -> object:
+    """While the returned object lives, transformers loads each weight straight into ZeRO-3's pieces."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)
