@@ -57,6 +57,7 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     gpus = gpus_per_worker(settings.gpus_per_worker)
+    retries = {"max_restarts": -1, "max_task_retries": settings.max_attempts - 1}
     stream = (
         ray.data.from_items([{"partition": p} for p in todo], override_num_blocks=len(todo))
         .map(EncodePartition, fn_constructor_args=(job,), compute=_pool(1, None), num_cpus=ENCODE_CPUS)
@@ -66,8 +67,7 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
             compute=_pool(settings.workers_min, settings.workers_max),
             num_cpus=settings.cpus_per_worker,
             num_gpus=gpus or None,
-            max_restarts=-1,
-            max_task_retries=settings.max_attempts - 1,
+            ray_remote_args_fn=lambda: retries,
         )
     )
     for row in stream.iter_rows():

@@ -31,7 +31,12 @@ def session(settings: Ray, verbose: bool = False) -> Iterator[None]:
     address = settings.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(address=address, log_to_driver=verbose, logging_level=_level(verbose), runtime_env=worker_env())
+            ray.init(
+                address=address,
+                log_to_driver=verbose,
+                logging_level=_level(verbose),
+                runtime_env=worker_env(),
+            )
         else:
             _start_local(settings, verbose)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
@@ -84,7 +89,6 @@ def _level(verbose: bool) -> int:
 
 def _quiet(verbose: bool) -> None:
     if not verbose:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         os.environ.setdefault("RAY_DEDUP_LOGS", "1")
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)

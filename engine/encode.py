@@ -121,11 +121,11 @@ class Encoder:
         else:
             heads = self._ids(prompts, special=True)
             tails = self._ids(texts, special=False)
-            documents = [np.concatenate([head, tail])[:limit] for head, tail in zip(heads, tails, strict=True)]
+            documents = [
+                np.concatenate([head, tail])[:limit] for head, tail in zip(heads, tails, strict=True)
+            ]
             starts = [max(1, len(head)) for head in heads]
-        targets = [
-            _next_tokens(ids, start, self.scope) for ids, start in zip(documents, starts, strict=True)
-        ]
+        targets = [_next_tokens(ids, start, self.scope) for ids, start in zip(documents, starts, strict=True)]
         return _ragged(documents, targets)
 
     def _cut(self, texts: Sequence[str]) -> list[str]:
@@ -134,7 +134,11 @@ class Encoder:
             return []
         limit = self.task.max_tokens
         encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_offsets_mapping=True, truncation=True, max_length=limit + 1
+            list(texts),
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            truncation=True,
+            max_length=limit + 1,
         )
         pieces = []
         for text, offsets in zip(texts, encoded["offset_mapping"], strict=True):
@@ -170,7 +174,9 @@ def label_token_ids(tokenizer: Any, labels: Sequence[str]) -> list[int]:
                 "use another word or a letter, and task.display_names for its name."
             )
         if tokens[0] in ids:
-            raise UserError(f"task.labels: {ids[tokens[0]]!r} and {word!r} are the same token: use distinct words.")
+            raise UserError(
+                f"task.labels: {ids[tokens[0]]!r} and {word!r} are the same token: use distinct words."
+            )
         ids[tokens[0]] = word
     return list(ids)
 

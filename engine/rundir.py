@@ -106,9 +106,9 @@ class RunDir(Folder):
         """Folder of one retrained model."""
         return f"{MODELS}/{strategy}-{seed}"
 
-    def selection_name(self, strategy: str, seed: int) -> str:
-        """File of one comparison selection; seed only matters to random strategies."""
-        return f"{COMPARISONS}/{strategy}-{seed}.parquet"
+    def selection_name(self, strategy: str, seed: int | None) -> str:
+        """File of one comparison selection; the seed is None for strategies that do not depend on it."""
+        return f"{COMPARISONS}/{strategy}{'' if seed is None else f'-{seed}'}.parquet"
 
     @contextlib.contextmanager
     def not_half_written(self, name: str) -> Iterator[None]:

@@ -6,7 +6,7 @@ grouped by the stage that reads them; a stage's fingerprint is made of the group
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -58,7 +58,9 @@ class Corpus(Section):
     id: str | None = Field(None, description="column with the document's id; default: a content hash")
     prompt: str | None = Field(None, description="column with a prompt that carries no loss")
     response: str | None = Field(None, description="column with the response that carries the loss")
-    partition_rows: int = Field(4096, ge=1, description="documents in a partition: the unit of work and resuming")
+    partition_rows: int = Field(
+        4096, ge=1, description="documents in a partition: the unit of work and resuming"
+    )
     max_documents: int | None = Field(None, ge=1, description="read only the first so many documents")
     max_chars: int = Field(1_000_000, ge=1, description="longer documents are cut to so many characters")
     max_quarantined: float = Field(0.05, ge=0, le=1, description="stop when a larger share is quarantined")
@@ -116,7 +118,9 @@ class Gradients(Section):
     """Which gradients are taken, at which checkpoints, and how they are projected (METHOD sections 2 to 4)."""
 
     layers: str = Field("last", description="last, all_linear, or a regular expression over module names")
-    checkpoints: int | list[float] = Field(1, description="P, or a list of fractions of the way base -> finetuned")
+    checkpoints: int | list[float] = Field(
+        1, description="P, or a list of fractions of the way base -> finetuned"
+    )
     projector: Literal["auto", "exact", "rademacher", "tensorsketch"] = Field("auto")
     dim: int = Field(4096, ge=8, description="projected size d (exact ignores it)")
     seed: int = Field(0, ge=0, description="seed of the projector")
@@ -145,7 +149,9 @@ class Extract(Section):
     """Resources of the extraction stage. Nothing here changes a byte of its output but `threads`."""
 
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs of one gradient actor")
-    gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 if the cluster has GPUs, else 0")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="default: 1 if the cluster has GPUs, else 0"
+    )
     workers_min: int = Field(1, ge=1, description="gradient actors to start with")
     workers_max: int | None = Field(None, ge=1, description="gradient actors at most; default: what fits")
     threads: int = Field(1, ge=1, description="CPU threads of one gradient actor")
@@ -160,7 +166,9 @@ class Select(Section):
     rows: Literal["raw", "unit"] = Field("raw", description="gradients as they are, or scaled to unit norm")
     batch_size: int = Field(64, ge=1, description="greedy_batched: picks between restarts of the running sum")
     seed: int = Field(0, ge=0, description="seed of the random strategies")
-    stop: Literal["size", "at_peak"] = Field("size", description="at_peak keeps the prefix with the largest f")
+    stop: Literal["size", "at_peak"] = Field(
+        "size", description="at_peak keeps the prefix with the largest f"
+    )
 
 
 class Retrain(Section):
@@ -183,23 +191,38 @@ class Retrain(Section):
         None, ge=1, description="documents in one forward pass of a worker; default: its share of the step"
     )
     dtype: DType = Field("auto", description="auto: bfloat16 with float32 master weights")
-    freeze_below: int = Field(0, ge=0, description="train only the blocks from this one up, the norm and the head")
+    freeze_below: int = Field(
+        0, ge=0, description="train only the blocks from this one up, the norm and the head"
+    )
     freeze_head: bool = Field(False, description="leave the output embedding as it is (and a tied input one)")
-    dropout: bool = Field(False, description="the model's own dropout; off, any number of workers trains alike")
+    dropout: bool = Field(
+        False, description="the model's own dropout; off, any number of workers trains alike"
+    )
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     early_stopping: bool = Field(False, description="keep the epoch with the best validation result")
-    patience: int | None = Field(None, ge=1, description="early stopping: stop after so many epochs without a better")
+    patience: int | None = Field(
+        None, ge=1, description="early stopping: stop after so many epochs without a better"
+    )
     workers: int = Field(1, ge=1)
-    gpus_per_worker: float | None = Field(None, ge=0, description="default: 1 if the cluster has GPUs, else 0")
-    threads: int | None = Field(None, ge=1, description="CPU threads of a worker; default: its share of the node")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="default: 1 if the cluster has GPUs, else 0"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of a worker; default: its share of the node"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
-    offload_optimizer: bool = Field(False, description="ZeRO 1 to 3: keep the optimizer's state in main memory")
+    offload_optimizer: bool = Field(
+        False, description="ZeRO 1 to 3: keep the optimizer's state in main memory"
+    )
     offload_parameters: bool = Field(False, description="ZeRO 3: keep the weights in main memory")
     deepspeed: dict[str, Any] = Field(
-        default_factory=dict, description="merged into the DeepSpeed configuration; may not contradict the spec"
+        default_factory=dict,
+        description="merged into the DeepSpeed configuration; may not contradict the spec",
     )
     checkpoint_steps: int | None = Field(
-        None, ge=0, description="steps between checkpoints; default: one an epoch; 0: none, a lost job starts over"
+        None,
+        ge=0,
+        description="steps between checkpoints; default: one an epoch; 0: none, a lost job starts over",
     )
     keep_checkpoints: int = Field(2, ge=1, description="the last so many checkpoints are kept")
     max_failures: int = Field(3, ge=0, description="times that lost workers are replaced")
@@ -227,7 +250,9 @@ class Retrain(Section):
 class Evaluate(Section):
     """The test set, and the true training set where it is known."""
 
-    test: list[str] = Field(default_factory=list, description="files of held-out documents; empty: no evaluation")
+    test: list[str] = Field(
+        default_factory=list, description="files of held-out documents; empty: no evaluation"
+    )
     text: str | None = Field(None, description="text column of the test set; default: corpus.text")
     label: str = Field("label", description="label column: index, label word or display name")
     validation_share: float = Field(0.3, ge=0, lt=1, description="share of the test files used for choices")
@@ -285,15 +310,23 @@ class RunSpec(Section):
     @classmethod
     def from_dict(cls, fields: dict[str, Any], where: str = "the spec") -> RunSpec:
         """Validate a nested dict; UserError names the first offending field in one sentence."""
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            raise UserError(one_sentence(error, where)) from None
+        return section_from_fields(cls, fields, where)
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "the spec") -> RunSpec:
         """Parse and validate YAML; UserError for bad YAML or bad fields."""
         return cls.from_dict(load_yaml_mapping(text, where), where)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def section_from_fields(kind: type[S], fields: dict[str, Any], where: str) -> S:
+    """Validate one section by itself; UserError names the first offending field in one sentence."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(one_sentence(error, where)) from None
 
 
 def load_yaml_mapping(text: str, where: str) -> dict[str, Any]:
@@ -313,7 +346,8 @@ def load_yaml_mapping(text: str, where: str) -> dict[str, Any]:
 
 def one_sentence(error: ValidationError, where: str) -> str:
     """The first problem of a pydantic error as one sentence that names the field."""
-    problems = error.errors()
+    # An unknown field is named before what is missing: it is usually the same field, misspelt.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":

@@ -142,9 +142,13 @@ def _result(
     valid = store.column("state") == VALID
     confidence = store.column("confidence")[valid]
     if not valid.any():
-        raise UserError("every document of the corpus was quarantined: see quarantine.parquet for the reasons.")
+        raise UserError(
+            "every document of the corpus was quarantined: see quarantine.parquet for the reasons."
+        )
     classifies = job.spec.task.kind == "classification"
-    counts = np.bincount(store.column("label")[valid], minlength=len(job.spec.task.labels)) if classifies else []
+    counts = (
+        np.bincount(store.column("label")[valid], minlength=len(job.spec.task.labels)) if classifies else []
+    )
     mean = float(confidence.mean())
     if classifies and mean < LOW_CONFIDENCE:
         job.progress.warn(
@@ -152,7 +156,7 @@ def _result(
             f"the fine-tuned model is unsure of the corpus (mean confidence {mean:.2f}): its labels, and with "
             "them the selection, may mean little; try a corpus nearer to the task.",
         )
-    histogram, _ = np.histogram(confidence, bins=20, range=(0.0, 1.0))
+    histogram, edges = np.histogram(confidence, bins=20, range=(0.0, 1.0))
     return {
         "documents": store.n_rows,
         "quarantined": watch.count,
@@ -161,7 +165,7 @@ def _result(
         "tokens": watch.tokens,
         "label_counts": [int(c) for c in counts],
         "mean_confidence": mean,
-        "confidence_histogram": [int(c) for c in histogram],
+        "confidence_histogram": {"edges": edges.tolist(), "counts": histogram.tolist()},
         "projector": target.kind,
         "dim": target.dim,
         "layers": [layer.name for layer in target.layers],

@@ -29,7 +29,9 @@ class Job:
         self.run = RunDir(self.spec.run_dir)
         self.progress = Progress(self.run, self.quiet)
 
-    def guarded(self, stage: str, inputs: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def guarded(
+        self, stage: str, inputs: dict[str, Any], work: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
         """Run a stage unless it is complete with equal inputs; its result either way.
 
         Raises:

@@ -74,7 +74,9 @@ class Stage:
         now = time.monotonic()
         if now - self._logged >= LOG_SECONDS:
             self._logged = now
-            self._progress.log.write(self.name, "progress", done=self.done, total=self.total, rate=round(self.rate, 3))
+            self._progress.log.write(
+                self.name, "progress", done=self.done, total=self.total, rate=round(self.rate, 3)
+            )
         if self._bar is not None and self._progress.live is not None:
             self._progress.live.update(self._bar, completed=self.done)
         elif now - self._printed >= LINE_SECONDS:
@@ -132,10 +134,14 @@ class Progress:
             with self._bar(stage):
                 yield stage
         except BaseException as error:
-            self.log.write(name, "failed", error=f"{type(error).__name__}: {error}", seconds=round(stage.seconds, 3))
+            self.log.write(
+                name, "failed", error=f"{type(error).__name__}: {error}", seconds=round(stage.seconds, 3)
+            )
             self.log.flush()
             raise
-        self.log.write(name, "end", done=stage.done, seconds=round(stage.seconds, 3), rate=round(stage.rate, 3))
+        self.log.write(
+            name, "end", done=stage.done, seconds=round(stage.seconds, 3), rate=round(stage.rate, 3)
+        )
         self.log.flush()
         self.say(f"{name}: {stage.done:,} {unit} in {stage.seconds:,.1f} s")
 

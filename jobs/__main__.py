@@ -1,0 +1,115 @@
+"""The command line: `unbake <command>`, the same as `python -m jobs <command>`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from engine.errors import UserError
+
+COMMANDS: dict[str, str] = {
+    "recover": "two models and a corpus in: the likely training data, a retrained model and a report out",
+    "extract": "label every document and write its projected gradients to the store",
+    "select": "choose documents from the store, or from --features and --target of your own",
+    "retrain": "train the base model on each compared strategy's selection",
+    "evaluate": "judge base, fine-tuned and retrained models on the test set",
+    "report": "write report.html from what the run holds",
+    "demo": "the whole job on an embedded example; nothing to download but a package",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done, 2 a user's mistake, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    command = arguments[0]
+    if command not in COMMANDS:
+        print(f"unbake: no command {command!r}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    _calm_libraries()
+    try:
+        return _run(command, arguments[1:])
+    except UserError as error:
+        print(f"unbake {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nunbake {command}: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: unbake COMMAND [--config run.yaml] [--section.field VALUE ...]",
+            "",
+            "What was this open-weight model fine-tuned on?",
+            "",
+            *lines,
+            "",
+            "unbake COMMAND --help lists every field of the spec; --print_config prints it resolved.",
+        ]
+    )
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command == "demo":
+        from jobs.demo import main as demo
+
+        return demo(arguments)
+    from jobs.options import read_spec, spec_parser
+
+    parser = spec_parser(command, COMMANDS[command])
+    if command == "select":
+        _features_options(parser)
+    options = vars(parser.parse_args(arguments))
+    if command == "select" and (options.get("features") or options.get("target")):
+        return _select_features(options)
+    spec = read_spec(options)
+    if options["print_config"]:
+        print(spec.to_yaml(), end="")
+        return 0
+    from jobs.job import Job
+
+    _function(command)(Job(spec, quiet=options["quiet"], verbose=options["verbose"]))
+    return 0
+
+
+def _function(command: str) -> Callable[[Any], Any]:
+    """A command's function, imported only when it is the one that runs."""
+    import importlib
+
+    return getattr(importlib.import_module(f"jobs.{command}"), command)
+
+
+def _features_options(parser: Any) -> None:
+    group = parser.add_argument_group("your own gradients, without a run directory")
+    group.add_argument("--features", help="(rows, dim) matrix, float16 or float32: .npy or .zarr")
+    group.add_argument("--target", help="(dim,) vector: .npy")
+    group.add_argument("--size", help="the same as --select.size")
+    group.add_argument("--strategy", help="the same as --select.strategy")
+    group.add_argument("--out", default="selection.parquet", help="where the selection is written")
+
+
+def _select_features(options: dict[str, Any]) -> int:
+    from jobs.select import select_from_options
+
+    select_from_options(options)
+    return 0
+
+
+def _calm_libraries() -> None:
+    """Keep libraries' banners and bars off the terminal, and their thread pools small, before they load."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

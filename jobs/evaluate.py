@@ -1,0 +1,100 @@
+"""unbake evaluate: judge base, fine-tuned and every retrained model on the test set; write metrics.json."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+from engine.corpus import read_labelled
+from engine.errors import UserError
+from engine.evaluate.comparison import metrics
+from engine.evaluate.task import TestSet, evaluate_model, match_labels
+from engine.models import load_model, torch_dtype
+from engine.rundir import METRICS, fingerprint
+from jobs.job import Job
+from jobs.retrain import retrained
+from jobs.table import print_table
+
+CODE = 1
+"""Raised whenever the same inputs would give other numbers."""
+
+
+def evaluate(job: Job) -> dict[str, Any]:
+    """Judge every model that exists; each judgement is a stage of its own, so that adding one repeats none."""
+    if not job.spec.evaluate.test:
+        raise UserError("evaluate.test names no files: give held-out documents to judge the models on.")
+    test = load_test(job)
+    started = time.monotonic()
+    models = [_judge(job, test, "base", None, None, job.endpoints.base, job.model_hashes["base"])]
+    models.append(
+        _judge(job, test, "finetuned", None, None, job.endpoints.finetuned, job.model_hashes["finetuned"])
+    )
+    for strategy in job.spec.retrain.strategies:
+        for seed in job.spec.retrain.seeds:
+            found = retrained(job, strategy, seed)
+            if found is not None:
+                models.append(_judge(job, test, "retrained", strategy, seed, *found))
+    metric = "accuracy" if job.spec.task.kind == "classification" else "perplexity"
+    result = metrics(models, metric, round(time.monotonic() - started, 3))
+    job.run.write_json(METRICS, result)
+    print_table(result, job.progress.out)
+    for warning in result["warnings"]:
+        job.progress.warn("evaluate", warning)
+    return result
+
+
+def load_test(job: Job) -> TestSet:
+    """The test set, cut to `evaluate.max_documents`, labels as indices."""
+    settings, corpus = job.spec.evaluate, job.spec.corpus
+    text = settings.text or corpus.response or corpus.text
+    label = settings.label if job.spec.task.kind == "classification" else None
+    texts, labels = read_labelled(settings.test, text, label)
+    prompts = None
+    if corpus.prompt is not None:
+        prompts = read_labelled(settings.test, corpus.prompt, None)[0]
+    indices = None if labels is None else match_labels(labels, job.spec.task)
+    return TestSet(texts, indices, prompts).at_most(settings.max_documents)
+
+
+def _judge(
+    job: Job, test: TestSet, model: str, strategy: str | None, seed: int | None, folder: str, identity: str
+) -> dict[str, Any]:
+    name = model if strategy is None else f"{strategy}-{seed}"
+    inputs = {
+        "model": identity,
+        "test": _test_hash(test),
+        **job.section("task"),
+        **job.section("evaluate", without=("test", "text", "label", "max_documents")),
+        "gradients.dtype": job.spec.gradients.dtype,
+        "code": CODE,
+    }
+    judge = lambda: _evaluate(job, test, name, folder)  # noqa: E731
+    entry = {"model": model, "strategy": strategy, "seed": seed}
+    return entry | job.guarded(f"evaluate-{name}", inputs, judge)
+
+
+def _evaluate(job: Job, test: TestSet, name: str, folder: str) -> dict[str, Any]:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    remote = job.spec.models.trust_remote_code
+    validation, held_out = test.split(job.spec.evaluate.validation_share)
+    settings = job.spec.evaluate.tokens_per_batch, job.spec.task.label_softmax
+    with job.progress.stage(f"evaluate-{name}", len(test), "documents") as stage:
+        loaded = load_model(folder, torch_dtype(job.spec.gradients.dtype), device, remote)
+        before = None
+        if len(validation):
+            before = evaluate_model(loaded, job.encoder, validation, *settings)
+            stage.advance(len(validation))
+        after = evaluate_model(loaded, job.encoder, held_out, *settings)
+        stage.advance(len(held_out))
+        return {"validation": before, "test": after, "seconds": round(stage.seconds, 3)}
+
+
+def _test_hash(test: TestSet) -> str:
+    digest = hashlib.sha256()
+    for text in test.texts:
+        digest.update(text.encode() + b"\0")
+    labels = None if test.labels is None else test.labels.tolist()
+    return fingerprint([digest.hexdigest(), labels, test.prompts])

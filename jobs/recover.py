@@ -1,0 +1,23 @@
+"""unbake recover: the whole pipeline; each stage is skipped when its output is complete and still fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.session import session
+from jobs.evaluate import evaluate
+from jobs.extract import extract
+from jobs.job import Job
+from jobs.report import report
+from jobs.retrain import retrain
+from jobs.select import select
+
+
+def recover(job: Job) -> dict[str, Any]:
+    """Extract, select, retrain, evaluate (where a test set is given) and report, in one Ray session."""
+    with session(job.spec.ray, job.verbose):
+        results: dict[str, Any] = {"extract": extract(job), "select": select(job), "retrain": retrain(job)}
+    if job.spec.evaluate.test:
+        results["evaluate"] = evaluate(job)
+    results["report"] = report(job)
+    return results

@@ -1,0 +1,94 @@
+"""unbake retrain: train the base model on the selection of every strategy and seed that is compared."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import cluster.train
+from cluster.session import session
+from cluster.train import TrainJob
+from engine.rundir import TRAIN
+from engine.spec import Strategy
+from jobs.job import Job
+from jobs.select import select_for
+
+NO_BYTES = ("strategies", "seeds", "checkpoint_steps", "keep_checkpoints", "max_failures")
+"""Fields of the section that change nothing in a model's bytes."""
+
+CODE = 1
+"""Raised whenever the same inputs would give other weights."""
+
+
+def retrain(job: Job) -> dict[str, Any]:
+    """Train all that is missing, one after the other in one group of workers; a result for each."""
+    todo: list[tuple[str, dict[str, Any], TrainJob]] = []
+    results: dict[str, Any] = {}
+    with session(job.spec.ray, job.verbose):
+        for seed in job.spec.retrain.seeds:
+            for strategy in job.spec.retrain.strategies:
+                stage, inputs, work = _prepare(job, strategy, seed)
+                if job.run.completed(stage, inputs):
+                    job.progress.skip(stage)
+                    results[work.name] = job.run.stage_result(stage)
+                else:
+                    todo.append((stage, inputs, work))
+        if todo:
+            results |= _train(job, todo)
+    return results
+
+
+def retrained(job: Job, strategy: Strategy, seed: int) -> tuple[str, str] | None:
+    """(folder, fingerprint) of a retrained model, or None when there is none."""
+    stage = _stage(strategy, seed)
+    if not job.run.exists(f"stages/{stage}.json"):
+        return None
+    return job.run.path(job.run.model_name(strategy, seed)), job.run.stage_fingerprint(stage)
+
+
+def _stage(strategy: Strategy, seed: int) -> str:
+    return f"retrain-{strategy}-{seed}"
+
+
+def _prepare(job: Job, strategy: Strategy, seed: int) -> tuple[str, dict[str, Any], TrainJob]:
+    selection = select_for(job, strategy, seed)
+    name = f"{strategy}-{seed}"
+    work = TrainJob(
+        name=name,
+        base=job.endpoints.base,
+        selection=job.run.path(selection) if job.run.local else f"{job.run.uri}/{selection}",
+        target=job.run.path(job.run.model_name(strategy, seed)),
+        checkpoints=f"{job.run.uri}/{TRAIN}/{name}",
+        task=job.spec.task,
+        scope=job.spec.loss_scope,
+        retrain=job.spec.retrain,
+        seed=seed,
+        validation=None,
+    )
+    inputs = {
+        "models.base": job.model_hashes["base"],
+        "selection": hashlib.sha256(job.run.read_bytes(selection)).hexdigest(),
+        **job.section("task"),
+        **job.section("retrain", without=NO_BYTES),
+        "seed": seed,
+        "code": CODE,
+    }
+    return _stage(strategy, seed), inputs, work
+
+
+def _train(job: Job, todo: list[tuple[str, dict[str, Any], TrainJob]]) -> dict[str, Any]:
+    by_name = {work.name: (stage, inputs) for stage, inputs, work in todo}
+    for stage, inputs, _ in todo:
+        job.run.begin(stage, inputs)
+    job.run.save_spec(job.spec)
+    results: dict[str, Any] = {}
+    with job.progress.stage("retrain", len(todo), "models") as progress:
+
+        def finished(result: dict[str, Any]) -> None:
+            stage, inputs = by_name[result["name"]]
+            job.run.finish(stage, inputs, result)
+            results[result["name"]] = result
+            progress.advance()
+
+        cluster.train.train_many([work for _, _, work in todo], finished)
+    return results

@@ -1,0 +1,148 @@
+"""unbake select: choose documents from the store by a strategy; also from features that the user brings."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from engine.corpus import load_plan, read_rows
+from engine.errors import UserError
+from engine.rundir import SELECTION
+from engine.select import Columns, Selection, open_features, select as choose
+from engine.spec import Select, Strategy, section_from_fields
+from engine.storage import Folder
+from engine.store import GradientStore
+from jobs.job import Job
+
+CODE = 1
+"""Raised whenever the same inputs would give other bytes."""
+
+RANDOM: tuple[Strategy, ...] = ("random", "random_balanced")
+"""Strategies whose selection depends on the seed."""
+
+
+def select(job: Job) -> dict[str, Any]:
+    """Select by `select.strategy` into selection.parquet."""
+    return _stage(job, job.spec.select, "select", SELECTION)
+
+
+def select_for(job: Job, strategy: Strategy, seed: int) -> str:
+    """The selection that a retraining of a strategy and seed uses; the name of its file in the run."""
+    own = strategy in RANDOM
+    settings = job.spec.select.model_copy(
+        update={"strategy": strategy, "seed": seed if own else job.spec.select.seed}
+    )
+    if settings == job.spec.select:
+        return SELECTION
+    name = job.run.selection_name(strategy, seed if own else None)
+    _stage(job, settings, f"select-{os.path.basename(name).removesuffix('.parquet')}", name)
+    return name
+
+
+def select_features(features: str, target: str, settings: Select, out: str) -> Selection:
+    """Select rows of a matrix on disk; `out` gets rank, row, norm, objective and gain (Parquet).
+
+    Raises:
+        UserError: unreadable or mismatching files, or a strategy that needs labels or losses.
+    """
+    selection = choose(open_features(features, target), Columns(), settings)
+    folder, name = os.path.split(os.path.abspath(out) if "://" not in out else out)
+    Folder(folder).write_table(name, pa.table(_numbers(selection)))
+    return selection
+
+
+def select_from_options(options: dict[str, Any]) -> None:
+    """`unbake select --features X --target t`: validate the few options that matter, select, say what came out."""
+    if not (options.get("features") and options.get("target")):
+        raise UserError("--features and --target belong together: give both.")
+    fields = {
+        key.removeprefix("select."): value
+        for key, value in options.items()
+        if key.startswith("select.") and value is not None
+    }
+    fields |= {key: options[key] for key in ("size", "strategy") if options.get(key) is not None}
+    settings = section_from_fields(Select, fields, "select")
+    selection = select_features(options["features"], options["target"], settings, options["out"])
+    print(
+        f"{selection.size:,} rows by {selection.strategy}: objective {selection.objective[-1]:.6f}, largest "
+        f"{selection.peak_value:.6f} at {selection.peak_size:,}; written to {options['out']}"
+    )
+
+
+def _stage(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]:
+    inputs = {
+        "extract": job.run.stage_fingerprint("extract"),
+        **{f"select.{field}": value for field, value in settings.model_dump(mode="json").items()},
+        "code": CODE,
+    }
+    return job.guarded(stage, inputs, lambda: _select(job, settings, stage, name))
+
+
+def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]:
+    store = GradientStore.open(job.run)
+    columns = Columns(label=_labels(job, store), loss=finetuned_loss(store))
+    with job.progress.stage(stage, settings.size, "picks") as progress:
+        selection = choose(store, columns, settings, progress.update)
+        job.run.write_table(name, _table(job, store, selection))
+        progress.update(settings.size)
+    summary = {**selection.summary, "peak": {"size": selection.peak_size, "value": selection.peak_value}}
+    beside = selection.random_path
+    summary["random_path"] = {
+        "sizes": beside.sizes.tolist(),
+        "mean": beside.mean.tolist(),
+        "std": beside.std.tolist(),
+    }
+    summary["path"] = selection.path.tolist()
+    return summary
+
+
+def _labels(job: Job, store: GradientStore) -> npt.NDArray[np.int32] | None:
+    return store.column("label") if job.spec.task.kind == "classification" else None
+
+
+def finetuned_loss(store: GradientStore) -> npt.NDArray[np.float32]:
+    """Loss under theta_f of every document, (N,) float32, also where theta_f is no checkpoint of the run."""
+    if store.attributes["fractions"][-1] == 1.0:
+        return np.asarray(store.column("loss", -1))
+    with np.errstate(divide="ignore"):
+        return np.asarray(-np.log(store.column("confidence")))
+
+
+def _table(job: Job, store: GradientStore, selection: Selection) -> pa.Table:
+    rows = selection.rows
+    documents = read_rows(load_plan(job.run), rows, job.spec.corpus)
+    if documents.problems:
+        row = int(rows[min(documents.problems)])
+        raise UserError(f"row {row} of the corpus has changed since it was extracted: restore the file.")
+    numbers = _numbers(selection)
+    columns: dict[str, Any] = {
+        "rank": numbers["rank"],
+        "row": numbers["row"],
+        "doc_id": documents.ids,
+        "partition": (rows // store.block_rows).astype(np.int32),
+        "text": documents.text,
+        "label": store.column("label")[rows],
+        "confidence": store.column("confidence")[rows],
+        "loss": finetuned_loss(store)[rows],
+        "alignment": store.column("alignment").mean(axis=0)[rows],
+        "norm": numbers["norm"],
+        "objective": numbers["objective"],
+        "gain": numbers["gain"],
+    }
+    if documents.prompts is not None:
+        columns |= {"prompt": documents.prompts, "response": documents.responses}
+    return pa.table(columns)
+
+
+def _numbers(selection: Selection) -> dict[str, npt.NDArray[Any]]:
+    return {
+        "rank": np.arange(selection.size, dtype=np.int32),
+        "row": selection.rows,
+        "norm": selection.norm,
+        "objective": selection.objective,
+        "gain": selection.gain,
+    }
