@@ -59,7 +59,9 @@ def main(arguments: list[str]) -> int:
     resolve(gguf(), spec.models.base)
     fine_tune(job, folder)
     recover(job)
-    job.progress.say(f"demo: {time.monotonic() - started:,.0f} s in all; report: {job.run.path('report.html')}")
+    job.progress.say(
+        f"demo: {time.monotonic() - started:,.0f} s in all; report: {job.run.path('report.html')}"
+    )
     return 0
 
 
@@ -109,7 +111,9 @@ def write_data(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [(name, HIDDEN + TEST) for name in LABELS] + [(name, SEED) for name in SEED_PACKAGES]
     with ProcessPoolExecutor() as pool:
-        texts = dict(zip([name for name, _ in wanted], pool.map(docstrings, *zip(*wanted, strict=True)), strict=True))
+        texts = dict(
+            zip([name for name, _ in wanted], pool.map(docstrings, *zip(*wanted, strict=True)), strict=True)
+        )
     short = [name for name in LABELS if len(texts[name]) < HIDDEN + TEST]
     if short:
         raise UserError(f"the demo needs the package {short[0]}, with its source: run make setup.")
@@ -138,19 +142,21 @@ def fine_tune(job: Job, folder: Path) -> None:
     if os.path.isfile(f"{spec.models.finetuned}/config.json"):
         return
     recipe = spec.retrain.model_copy(update={"epochs": 2})
-    with session(spec.ray, job.verbose), job.progress.stage("fine-tune", HIDDEN * len(LABELS), "documents") as stage:
+    with (
+        session(spec.ray, job.verbose),
+        job.progress.stage("fine-tune", recipe.epochs * HIDDEN * len(LABELS), "documents") as stage,
+    ):
         train(
             TrainJob(
                 name="secret",
                 base=spec.models.base,
                 selection=str(folder / "data/hidden.parquet"),
                 target=spec.models.finetuned,
-                checkpoints=str(folder / "train/secret"),
+                checkpoints=str(folder / "train"),
                 task=spec.task,
                 scope=spec.loss_scope,
                 retrain=recipe,
                 seed=7,
-                validation=None,
-            )
+            ),
+            lambda event: stage.update(event["documents"]),
         )
-        stage.update(HIDDEN * len(LABELS))

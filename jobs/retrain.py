@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import pyarrow.parquet as pq
+
 import cluster.train
 from cluster.session import session
 from cluster.train import TrainJob
@@ -21,7 +23,7 @@ CODE = 1
 
 
 def retrain(job: Job) -> dict[str, Any]:
-    """Train all that is missing, one after the other in one group of workers; a result for each."""
+    """Train all that is missing, one after the other in one group of workers; metrics of each by name."""
     todo: list[tuple[str, dict[str, Any], TrainJob]] = []
     results: dict[str, Any] = {}
     with session(job.spec.ray, job.verbose):
@@ -58,12 +60,12 @@ def _prepare(job: Job, strategy: Strategy, seed: int) -> tuple[str, dict[str, An
         base=job.endpoints.base,
         selection=job.run.path(selection) if job.run.local else f"{job.run.uri}/{selection}",
         target=job.run.path(job.run.model_name(strategy, seed)),
-        checkpoints=f"{job.run.uri}/{TRAIN}/{name}",
+        checkpoints=f"{job.run.uri}/{TRAIN}",
         task=job.spec.task,
         scope=job.spec.loss_scope,
         retrain=job.spec.retrain,
         seed=seed,
-        validation=None,
+        trust_remote_code=job.spec.models.trust_remote_code,
     )
     inputs = {
         "models.base": job.model_hashes["base"],
@@ -77,18 +79,19 @@ def _prepare(job: Job, strategy: Strategy, seed: int) -> tuple[str, dict[str, An
 
 
 def _train(job: Job, todo: list[tuple[str, dict[str, Any], TrainJob]]) -> dict[str, Any]:
-    by_name = {work.name: (stage, inputs) for stage, inputs, work in todo}
     for stage, inputs, _ in todo:
         job.run.begin(stage, inputs)
     job.run.save_spec(job.spec)
-    results: dict[str, Any] = {}
-    with job.progress.stage("retrain", len(todo), "models") as progress:
+    seen: dict[str, int] = {}
+    total = job.spec.retrain.epochs * sum(pq.read_metadata(work.selection).num_rows for _, _, work in todo)
+    with job.progress.stage("retrain", total, "documents") as progress:
 
-        def finished(result: dict[str, Any]) -> None:
-            stage, inputs = by_name[result["name"]]
-            job.run.finish(stage, inputs, result)
-            results[result["name"]] = result
-            progress.advance()
+        def step(event: dict[str, Any]) -> None:
+            seen[event["job"]] = event["documents"]
+            progress.update(sum(seen.values()))
 
-        cluster.train.train_many([work for _, _, work in todo], finished)
-    return results
+        results = cluster.train.train_many([work for _, _, work in todo], step)
+        progress.update(total)
+    for (stage, inputs, _), result in zip(todo, results, strict=True):
+        job.run.finish(stage, inputs, result)
+    return {work.name: result for (_, _, work), result in zip(todo, results, strict=True)}

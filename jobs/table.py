@@ -16,11 +16,11 @@ def print_table(metrics: dict[str, Any], console: Console) -> None:
     measured = (metrics.get("measured") or {}).get("test") or {}
     caption = f"{measured['documents']:,} test documents" if measured else None
     table = Table(title=f"{name} on the test share", caption=caption)
-    table.add_column("trained on")
+    table.add_column("base trained on")
     table.add_column(name, justify="right")
     table.add_column("gap closed", justify="right")
     table.add_column("seeds", justify="right")
-    table.add_row("base (nothing)", value(metrics["base"], name), "", "")
+    table.add_row("nothing (base)", value(metrics["base"], name), "", "")
     for row in metrics["strategies"]:
         table.add_row(
             row["strategy"],
@@ -28,5 +28,5 @@ def print_table(metrics: dict[str, Any], console: Console) -> None:
             gap(row["gap_closed"], row["gap_spread"]),
             str(row["n"]),
         )
-    table.add_row("fine-tuned (the true documents)", value(metrics["finetuned"], name), "", "")
+    table.add_row("true data (fine-tuned)", value(metrics["finetuned"], name), "", "")
     console.print(table)
