@@ -29,7 +29,7 @@ def render(
     """The page; equal inputs give equal bytes.
 
     Args:
-        run: the run directory; only its name and stage records are read.
+        run: the run directory; only its name and its stage records (fingerprints, seconds) are read.
         spec: the resolved spec.
         metrics: metrics.json (`engine.evaluate.comparison`), or None when nothing was evaluated.
         selection: selection.parquet, in pick order.
@@ -39,8 +39,7 @@ def render(
                       {sizes, mean, std}, certificate {name: value}, seconds
             extract:  documents, quarantined, quarantine_reasons {reason: count}, label_counts [per label],
                       confidence_histogram {edges, counts}, projector, dim, layers, checkpoints, seconds,
-                      documents_per_second
-            retrain, evaluate: seconds
+                      documents_per_second, tokens, truncated
             map:      corpus [[x, y]], selected [[x, y]]: gradients in two dimensions
             diagnostics {name: value}, versions {package: version}, warnings [sentence]
     """

@@ -33,6 +33,7 @@ def context(
         "warnings": _warnings(metrics, summary, objective),
         "spec": spec,
         "metrics": metrics,
+        "standard_error": _standard_error(metrics),
         "comparison": plots.comparison(metrics) if metrics else None,
         "objective": objective,
         "certificate": select.get("certificate") or {},
@@ -65,7 +66,7 @@ def sentence(
 ) -> str:
     """The whole run in one sentence."""
     strategy = select.get("strategy", spec.select.strategy)
-    n = select.get("candidates", extract.get("documents"))
+    n = select.get("candidates") or select.get("eligible") or extract.get("documents")
     corpus = f"{n:,} documents" if n else "all documents"
     start = (
         f"Out of {corpus}, {strategy} chose {selection.num_rows:,} as the most useful for turning "
@@ -127,7 +128,8 @@ def _labels(selection: pa.Table, extract: dict[str, Any], names: list[str]) -> l
         return []
     label = selection["label"].fill_null(-1).to_numpy()
     chosen = np.bincount(label[(label >= 0) & (label < len(names))], minlength=len(names))
-    corpus = np.array(extract.get("label_counts") or [0] * len(names), np.int64)[: len(names)]
+    counted = extract.get("label_counts") or []
+    corpus = np.array(counted if len(counted) == len(names) else [0] * len(names), np.int64)
     return [
         {
             "name": name,
@@ -141,15 +143,23 @@ def _labels(selection: pa.Table, extract: dict[str, Any], names: list[str]) -> l
 
 
 def _stages(run: RunDir, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Duration and fingerprint of each stage that left a trace."""
+    """Duration and fingerprint of every completed stage, in the order of the pipeline."""
     rows = []
-    for stage in STAGE_ORDER:
-        record = f"{STAGES}/{stage}.json"
-        fingerprint = str(run.read_json(record).get("fingerprint", "")) if run.exists(record) else ""
-        seconds = (summary.get(stage) or {}).get("seconds")
-        if fingerprint or seconds is not None:
-            rows.append({"name": stage, "seconds": seconds, "fingerprint": fingerprint})
-    return rows
+    for file in run.names(STAGES):
+        if file.endswith(".json") and not file.endswith(".inputs.json"):
+            name, record = file.removesuffix(".json"), run.read_json(f"{STAGES}/{file}")
+            seconds = (record.get("result") or summary.get(name) or {}).get("seconds")
+            rows.append({"name": name, "seconds": seconds, "fingerprint": str(record.get("fingerprint", ""))})
+    return sorted(rows, key=lambda row: ([not row["name"].startswith(s) for s in STAGE_ORDER], row["name"]))
+
+
+def _standard_error(metrics: dict[str, Any] | None) -> float | None:
+    """Binomial standard error of the fine-tuned model's accuracy on the test documents."""
+    measured = ((metrics or {}).get("measured") or {}).get("test")
+    if not metrics or not measured or metrics["metric"] != "accuracy" or metrics["finetuned"] is None:
+        return None
+    p = metrics["finetuned"]
+    return math.sqrt(p * (1 - p) / measured["documents"])
 
 
 def _warnings(

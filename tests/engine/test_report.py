@@ -137,6 +137,28 @@ SUMMARY: dict[str, Any] = {
 }
 
 
+def test_every_completed_stage_is_listed_in_order(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    for name, seconds in (
+        ("select", 61.4),
+        ("evaluate-base", 2.0),
+        ("extract", 4000.0),
+        ("retrain-greedy-0", None),
+    ):
+        run.begin(name, {"a": name})
+        run.finish(name, {"a": name}, {} if seconds is None else {"seconds": seconds})
+    run.begin("retrain-greedy-1", {"a": 1})  # not completed
+    html = render(run, run_spec(), None, selected(HOSTILE), {})
+    table = html[html.index('<th scope="col">Stage</th>') :].split("</table>")[0]
+    assert re.findall(r'<th scope="row">(.*?)</th><td class="number">(.*?)</td>', table) == [
+        ("extract", '<data value="4000.0">1 h 06 min</data>'),
+        ("select", '<data value="61.4">1 min 01 s</data>'),
+        ("retrain-greedy-0", "–"),
+        ("evaluate-base", '<data value="2.0">2.0 s</data>'),
+    ]
+    assert run.stage_fingerprint("extract")[:16] in table
+
+
 def page(tmp_path: Path, texts: list[str], **changes: Any) -> str:
     arguments = {"metrics": judged(), "summary": SUMMARY, "spec": run_spec()} | changes
     run = RunDir(str(tmp_path / "a run"))
@@ -154,7 +176,7 @@ def test_numbers_in_the_page_are_those_of_metrics_json(tmp_path: Path) -> None:
     rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', table, re.S)
     got = {name: [float(v) for v in re.findall(r'<data value="([^"]+)"', rest)] for name, rest in rows}
     assert got.pop("nothing (base)") == [want["base"]]
-    assert got.pop("true documents (fine-tuned)") == [want["finetuned"]]
+    assert got.pop("true data (fine-tuned)") == [want["finetuned"]]
     assert got == {row["strategy"]: [row["mean"], row["gap_closed"]] for row in want["strategies"]}
     for shown in (
         "26.7%",
@@ -175,15 +197,16 @@ def test_the_summary_of_the_stages_is_shown(tmp_path: Path) -> None:
     html = page(tmp_path, HOSTILE)
     for shown in (
         "after 7.",
-        "0.0712",
-        "0.0034",
+        "0.071</data> ± ",
+        "0.003</data>",
         "lm_head.weight",
         "0.5, 1.0",
         "&lt;empty&gt;",
         "1 h 06 min",
     ):
         assert shown in html
-    for shown in ("not evidence of membership", "1 min 01 s", "mean cosine", "3,000", "50.0%", "peak at 7"):
+    assert "standard error of about 1.3 points" in html  # sqrt(0.8721 * 0.1279 / 700)
+    for shown in ("not evidence of membership", "mean cosine", "3,000", "50.0%", "peak at 7"):
         assert shown in html
     assert f"unbake recover --config &#39;{tmp_path}/a run/spec.yaml&#39;" in html
     assert html.count("<figure>") == 5
