@@ -202,7 +202,6 @@ def test_the_summary_of_the_stages_is_shown(tmp_path: Path) -> None:
         "lm_head.weight",
         "0.5, 1.0",
         "&lt;empty&gt;",
-        "1 h 06 min",
     ):
         assert shown in html
     assert "standard error of about 1.3 points" in html  # sqrt(0.8721 * 0.1279 / 700)
