@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from engine.errors import UserError
 from engine.gradients import GradientEngine
 from engine.models import load_tokenizer
 from engine.rundir import RunDir
-from engine.spec import RunSpec
+from engine.spec import Extract, RunSpec
 from engine.store import GradientStore
 from engine.target import Target
 
@@ -44,6 +45,14 @@ class ExtractJob:
     base: str
     finetuned: str
     fingerprint: str
+    threads: int
+
+
+def threads_per_worker(settings: Extract) -> int:
+    """CPU threads of a gradient actor; part of the fingerprint, since sums are split among them."""
+    if settings.threads is not None:
+        return settings.threads
+    return 1 if gpus_per_worker(settings.gpus_per_worker) else os.cpu_count() or 1
 
 
 def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, Any]], None]) -> None:
@@ -65,7 +74,7 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
             WritePartition,
             fn_constructor_args=(job, "cuda" if gpus else "cpu"),
             compute=_pool(settings.workers_min, settings.workers_max),
-            num_cpus=settings.cpus_per_worker,
+            num_cpus=settings.cpus_per_worker or (1 if gpus else max(0.5, job.threads - 2 * ENCODE_CPUS)),
             num_gpus=gpus or None,
             ray_remote_args_fn=lambda: retries,
         )
@@ -111,7 +120,7 @@ class WritePartition:
     def __init__(self, job: ExtractJob, device: str) -> None:
         import torch
 
-        torch.set_num_threads(job.spec.extract.threads)
+        torch.set_num_threads(job.threads)
         self.job = job
         endpoints = Endpoints(job.base, job.finetuned)
         self.engine = GradientEngine(endpoints, _encoder(job), job.target, job.spec, device)

@@ -148,13 +148,17 @@ class Gradients(Section):
 class Extract(Section):
     """Resources of the extraction stage. Nothing here changes a byte of its output but `threads`."""
 
-    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs of one gradient actor")
+    cpus_per_worker: float | None = Field(
+        None, gt=0, description="CPUs of one gradient actor; default: its threads, less room for reading"
+    )
     gpus_per_worker: float | None = Field(
         None, ge=0, description="default: 1 if the cluster has GPUs, else 0"
     )
     workers_min: int = Field(1, ge=1, description="gradient actors to start with")
     workers_max: int | None = Field(None, ge=1, description="gradient actors at most; default: what fits")
-    threads: int = Field(1, ge=1, description="CPU threads of one gradient actor")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of one gradient actor; default: all cores, or 1 beside a GPU"
+    )
     max_attempts: int = Field(3, ge=1, description="times a partition is tried before the run stops")
 
 
@@ -169,6 +173,13 @@ class Select(Section):
     stop: Literal["size", "at_peak"] = Field(
         "size", description="at_peak keeps the prefix with the largest f"
     )
+    index_memory_mb: int = Field(
+        512, ge=1, description="greedy: most memory of the subspace index, all shards"
+    )
+    cache_memory_mb: int = Field(
+        64, ge=1, description="greedy: most memory of the exact rows kept, per shard"
+    )
+    verify: int = Field(0, ge=0, description="greedy: random picks to re-check against a full scan")
 
 
 class Retrain(Section):

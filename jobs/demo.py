@@ -24,6 +24,7 @@ from engine.errors import UserError
 from engine.models import resolve
 from engine.spec import RunSpec
 from jobs.docstrings import docstrings
+from jobs.finetune import fine_tune
 from jobs.job import Job
 from jobs.recover import recover
 
@@ -36,6 +37,8 @@ SEED_PACKAGES = (
 )  # fmt: skip
 HIDDEN, TEST, SEED = 250, 150, 300
 """Documents of each library in the hidden set and in the test set; of each package in the seed corpus."""
+
+FINE_TUNE_EPOCHS = 2
 
 FREEZE_BELOW = 20
 """Blocks of SmolLM2's 30 that stay as they are, in fine-tuning and in retraining alike."""
@@ -57,7 +60,7 @@ def main(arguments: list[str]) -> int:
         job.progress.say("demo: no C++ compiler here, so DeepSpeed runs without its optional CPU op")
     write_data(folder / "data")
     resolve(gguf(), spec.models.base)
-    fine_tune(job, folder)
+    fine_tune(job, str(folder / "data/hidden.parquet"), FINE_TUNE_EPOCHS, seed=7)
     recover(job)
     job.progress.say(
         f"demo: {time.monotonic() - started:,.0f} s in all; report: {job.run.path('report.html')}"
@@ -78,7 +81,6 @@ def demo_spec(folder: Path) -> RunSpec:
                 "template": "{text}\nTopic:",
                 "max_tokens": 40,
             },
-            "extract": {"threads": max(1, (os.cpu_count() or 1) - 1)},
             "select": {"strategy": "greedy", "size": 300},
             "retrain": {
                 "strategies": ["random", "topk", "greedy"],
@@ -131,32 +133,3 @@ def write_data(folder: Path) -> None:
         part = folder / f"{name}.part"
         part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         part.rename(folder / name)
-
-
-def fine_tune(job: Job, folder: Path) -> None:
-    """Make the model whose training data is then forgotten, by the product's own trainer."""
-    from cluster.session import session
-    from cluster.train import TrainJob, train
-
-    spec = job.spec
-    if os.path.isfile(f"{spec.models.finetuned}/config.json"):
-        return
-    recipe = spec.retrain.model_copy(update={"epochs": 2})
-    with (
-        session(spec.ray, job.verbose),
-        job.progress.stage("fine-tune", recipe.epochs * HIDDEN * len(LABELS), "documents") as stage,
-    ):
-        train(
-            TrainJob(
-                name="secret",
-                base=spec.models.base,
-                selection=str(folder / "data/hidden.parquet"),
-                target=spec.models.finetuned,
-                checkpoints=str(folder / "train"),
-                task=spec.task,
-                scope=spec.loss_scope,
-                retrain=recipe,
-                seed=7,
-            ),
-            lambda event: stage.update(event["documents"]),
-        )

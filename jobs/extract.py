@@ -53,7 +53,7 @@ def _inputs(job: Job, plan: Plan) -> dict[str, Any]:
         **job.section("task"),
         "task.loss_scope": job.spec.loss_scope,
         **job.section("gradients"),
-        "extract.threads": job.spec.extract.threads,
+        "extract.threads": cluster.extract.threads_per_worker(job.spec.extract),
         "device": "cuda" if gpus_per_worker(job.spec.extract.gpus_per_worker) else "cpu",
         "code": CODE,
     }
@@ -81,6 +81,7 @@ def _extract(job: Job, plan: Plan, target: Target, inputs: dict[str, Any]) -> di
                 base=job.endpoints.base,
                 finetuned=job.endpoints.finetuned,
                 fingerprint=stamp,
+                threads=inputs["extract.threads"],
             )
 
             def on_receipt(receipt: dict[str, Any]) -> None:
