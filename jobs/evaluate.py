@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from typing import Any
 
-from engine.corpus import read_labelled
 from engine.errors import UserError
 from engine.evaluate.comparison import metrics
-from engine.evaluate.task import TestSet, evaluate_model, match_labels
+from engine.evaluate.task import TestSet, evaluate_model
 from engine.models import load_model, torch_dtype
-from engine.rundir import METRICS, fingerprint
+from engine.rundir import METRICS
 from jobs.job import Job
 from jobs.retrain import retrained
 from jobs.table import print_table
+from jobs.testset import content_hash, load_test
 
 CODE = 1
 """Raised whenever the same inputs would give other numbers."""
@@ -44,26 +43,13 @@ def evaluate(job: Job) -> dict[str, Any]:
     return result
 
 
-def load_test(job: Job) -> TestSet:
-    """The test set, cut to `evaluate.max_documents`, labels as indices."""
-    settings, corpus = job.spec.evaluate, job.spec.corpus
-    text = settings.text or corpus.response or corpus.text
-    label = settings.label if job.spec.task.kind == "classification" else None
-    texts, labels = read_labelled(settings.test, text, label)
-    prompts = None
-    if corpus.prompt is not None:
-        prompts = read_labelled(settings.test, corpus.prompt, None)[0]
-    indices = None if labels is None else match_labels(labels, job.spec.task)
-    return TestSet(texts, indices, prompts).at_most(settings.max_documents)
-
-
 def _judge(
     job: Job, test: TestSet, model: str, strategy: str | None, seed: int | None, folder: str, identity: str
 ) -> dict[str, Any]:
     name = model if strategy is None else f"{strategy}-{seed}"
     inputs = {
         "model": identity,
-        "test": _test_hash(test),
+        "test": content_hash(test),
         **job.section("task"),
         **job.section("evaluate", without=("test", "text", "label", "max_documents")),
         "gradients.dtype": job.spec.gradients.dtype,
@@ -90,11 +76,3 @@ def _evaluate(job: Job, test: TestSet, name: str, folder: str) -> dict[str, Any]
         after = evaluate_model(loaded, job.encoder, held_out, *settings)
         stage.advance(len(held_out))
         return {"validation": before, "test": after, "seconds": round(stage.seconds, 3)}
-
-
-def _test_hash(test: TestSet) -> str:
-    digest = hashlib.sha256()
-    for text in test.texts:
-        digest.update(text.encode() + b"\0")
-    labels = None if test.labels is None else test.labels.tolist()
-    return fingerprint([digest.hexdigest(), labels, test.prompts])

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import pyarrow.parquet as pq
-
 import cluster.train
 from cluster.session import session
 from cluster.train import TrainJob
@@ -14,6 +12,7 @@ from engine.rundir import TRAIN
 from engine.spec import Strategy
 from jobs.job import Job
 from jobs.select import select_for
+from jobs.testset import write_validation
 
 NO_BYTES = ("strategies", "seeds", "checkpoint_steps", "keep_checkpoints", "max_failures")
 """Fields of the section that change nothing in a model's bytes."""
@@ -26,10 +25,11 @@ def retrain(job: Job) -> dict[str, Any]:
     """Train all that is missing, one after the other in one group of workers; metrics of each by name."""
     todo: list[tuple[str, dict[str, Any], TrainJob]] = []
     results: dict[str, Any] = {}
+    validation = write_validation(job) if job.spec.retrain.early_stopping else None
     with session(job.spec.ray, job.verbose):
         for seed in job.spec.retrain.seeds:
             for strategy in job.spec.retrain.strategies:
-                stage, inputs, work = _prepare(job, strategy, seed)
+                stage, inputs, work = _prepare(job, strategy, seed, validation)
                 if job.run.completed(stage, inputs):
                     job.progress.skip(stage)
                     results[work.name] = job.run.stage_result(stage)
@@ -52,13 +52,16 @@ def _stage(strategy: Strategy, seed: int) -> str:
     return f"retrain-{strategy}-{seed}"
 
 
-def _prepare(job: Job, strategy: Strategy, seed: int) -> tuple[str, dict[str, Any], TrainJob]:
+def _prepare(
+    job: Job, strategy: Strategy, seed: int, validation: str | None
+) -> tuple[str, dict[str, Any], TrainJob]:
     selection = select_for(job, strategy, seed)
     name = f"{strategy}-{seed}"
     work = TrainJob(
         name=name,
         base=job.endpoints.base,
-        selection=job.run.path(selection) if job.run.local else f"{job.run.uri}/{selection}",
+        selection=f"{job.run.uri}/{selection}",
+        validation=validation and f"{job.run.uri}/{validation}",
         target=job.run.path(job.run.model_name(strategy, seed)),
         checkpoints=f"{job.run.uri}/{TRAIN}",
         task=job.spec.task,
@@ -69,7 +72,8 @@ def _prepare(job: Job, strategy: Strategy, seed: int) -> tuple[str, dict[str, An
     )
     inputs = {
         "models.base": job.model_hashes["base"],
-        "selection": hashlib.sha256(job.run.read_bytes(selection)).hexdigest(),
+        "selection": _digest(job, selection),
+        "validation": validation and _digest(job, validation),
         **job.section("task"),
         **job.section("retrain", without=NO_BYTES),
         "seed": seed,
@@ -78,12 +82,22 @@ def _prepare(job: Job, strategy: Strategy, seed: int) -> tuple[str, dict[str, An
     return _stage(strategy, seed), inputs, work
 
 
+def _name(job: Job, work: TrainJob) -> str:
+    return work.selection.removeprefix(f"{job.run.uri}/")
+
+
+def _digest(job: Job, name: str) -> str:
+    return hashlib.sha256(job.run.read_bytes(name)).hexdigest()
+
+
 def _train(job: Job, todo: list[tuple[str, dict[str, Any], TrainJob]]) -> dict[str, Any]:
     for stage, inputs, _ in todo:
         job.run.begin(stage, inputs)
     job.run.save_spec(job.spec)
     seen: dict[str, int] = {}
-    total = job.spec.retrain.epochs * sum(pq.read_metadata(work.selection).num_rows for _, _, work in todo)
+    total = job.spec.retrain.epochs * sum(
+        job.run.read_table(_name(job, work), ["label"]).num_rows for _, _, work in todo
+    )
     with job.progress.stage("retrain", total, "documents") as progress:
 
         def step(event: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import pyarrow as pa
 from engine.corpus import load_plan, read_rows
 from engine.errors import UserError
 from engine.rundir import SELECTION
-from engine.select import Columns, Selection, open_features, select as choose
+from engine.select import Columns, Selection, open_features
+from engine.select import select as choose
 from engine.spec import Select, Strategy, section_from_fields
 from engine.storage import Folder
 from engine.store import GradientStore
