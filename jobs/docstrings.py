@@ -33,9 +33,7 @@ def docstrings(package: str, limit: int) -> list[str]:
 def _files(package: str) -> Iterator[Path]:
     if package == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        folders = [f for f in root.glob("*.py")] + [
-            root / name for name in ("asyncio", "email", "http", "json")
-        ]
+        folders = list(root.glob("*.py")) + [root / name for name in ("asyncio", "email", "http", "json")]
     else:
         spec = importlib.util.find_spec(package)
         folders = [Path(path) for path in (spec.submodule_search_locations or [])] if spec else []
