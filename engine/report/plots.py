@@ -112,17 +112,21 @@ def objective(path: Floats, peak: dict[str, Any], random: dict[str, Any] | None)
 
 
 def norms(values: Floats) -> Markup | None:
-    """Norm of each picked gradient, on a logarithmic axis."""
+    """Norm of each picked gradient; on a logarithmic axis when they differ by more than a decade."""
     values = np.where(values > 0, values, np.nan)
     if values.size < 2 or not np.isfinite(values).any():
         return None
     kept = _thinned(values.size, 0)
     with mpl.rc_context(STYLE):
         figure, axes = _axes(3.2)
-        axes.plot(kept + 1, values[kept], ".", color=ACCENT, alpha=0.5, markersize=4)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        few = kept.size <= 100
+        axes.plot(kept + 1, values[kept], "o", color=ACCENT, alpha=0.6, markersize=5 if few else 2)
+        if np.nanmax(values) > 10 * np.nanmin(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel("pick")
         axes.set_ylabel("gradient norm")
         return _svg(figure, "norms", "Norm of the gradient of each picked document")

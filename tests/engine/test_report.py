@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.evaluate.comparison import metrics
-from engine.report import render
+from engine.report import plots, render
 from engine.report.documents import BUDGET, data_block
 from engine.report.text import clean, cut
 from engine.rundir import RunDir
@@ -333,6 +333,13 @@ def test_figures_take_their_colours_from_the_page(tmp_path: Path) -> None:
         assert "<title" in svg or "aria-label" in svg
         assert "var(--" in svg
     assert not re.search(r"\d{4}-\d\d-\d\dT", "".join(svgs))
+
+
+@pytest.mark.parametrize("values", [[3.1, 3.3, 3.2], [5.0, 0.4, 0.02], [1.0, 0.0], [2.0, 2.0]])
+def test_norms_of_every_range_have_a_labelled_axis(values: list[float]) -> None:
+    svg = str(plots.norms(np.array(values)))
+    axis = [float(t) for t in re.findall(r"<text[^>]*>([\d.e-]+)</text>", svg)]
+    assert len(axis) >= len(values) + 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 5000])
