@@ -186,7 +186,7 @@ class Retrain(Section):
     """How theta_0 is trained on a selection (METHOD section 6)."""
 
     strategies: list[Strategy] = Field(
-        default_factory=lambda: ["random", "topk", "greedy"], description="strategies to retrain and compare"
+        ["random", "topk", "greedy"], description="strategies to retrain and compare"
     )
     seeds: list[int] = Field(default_factory=lambda: [0], description="paired training seeds")
     epochs: int = Field(4, ge=1)
@@ -287,12 +287,12 @@ class RunSpec(Section):
     models: Models
     corpus: Corpus
     task: Task
-    gradients: Gradients = Field(default_factory=Gradients)
-    extract: Extract = Field(default_factory=Extract)
-    select: Select = Field(default_factory=Select)
-    retrain: Retrain = Field(default_factory=Retrain)
-    evaluate: Evaluate = Field(default_factory=Evaluate)
-    ray: Ray = Field(default_factory=Ray)
+    gradients: Gradients = Gradients()
+    extract: Extract = Extract()
+    select: Select = Select()
+    retrain: Retrain = Retrain()
+    evaluate: Evaluate = Evaluate()
+    ray: Ray = Ray()
 
     @model_validator(mode="after")
     def _across_sections(self) -> RunSpec:

@@ -8,7 +8,9 @@ counts as written only when its completion record exists: Zarr reads missing chu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +60,17 @@ class GradientStore:
 
     def __init__(self, run: RunDir, group: zarr.Group) -> None:
         self.run, self._group = run, group
-        self._arrays: dict[str, zarr.Array[Any]] = {name: array for name, array in group.arrays()}
+        # All-zero chunks are written too (Zarr does not keep this setting in the store): an absent object
+        # always means an unwritten or lost partition.
+        self._arrays: dict[str, zarr.Array[Any]] = {
+            name: array.with_config({"write_empty_chunks": True}) for name, array in group.arrays()
+        }
         p, n, d = self._arrays["features"].shape
-        self.shape = StoreShape(p, n, d, int(group.attrs["partition_rows"]))  # type: ignore[arg-type]
+        self.shape = StoreShape(p, n, d, int(group.attrs["partition_rows"]))
         self.n_checkpoints, self.n_rows, self.dim = p, n, d
         self.block_rows, self.chunk_rows = self.shape.partition_rows, self.shape.chunk_rows
-        self.target: npt.NDArray[np.float64] = np.asarray(self._arrays["target"][:], np.float64)
+        with _sound(run):
+            self.target: npt.NDArray[np.float64] = np.asarray(self._arrays["target"][:], np.float64)
         self.attributes: dict[str, Any] = dict(group.attrs)
 
     @classmethod
@@ -87,7 +94,9 @@ class GradientStore:
         """Open the store of a run; UserError when there is none."""
         if not run.exists(f"{STORE}/zarr.json"):
             raise UserError(f"{run.uri} has no gradient store: run `unbake extract` first.")
-        return cls(run, _open_group(run, "r+" if writable else "r"))
+        with _sound(run):
+            group = _open_group(run, "r+" if writable else "r")
+        return cls(run, group)
 
     def write(
         self,
@@ -117,7 +126,9 @@ class GradientStore:
             try:
                 self._arrays[name][..., *_rows(name, start, start + n)] = values
             except OSError as error:
-                raise UserError(f"cannot write partition {partition} to {self.run.path(STORE)}: {reason(error)}.") from None
+                raise UserError(
+                    f"cannot write partition {partition} to {self.run.path(STORE)}: {reason(error)}."
+                ) from None
         record = {
             "partition": partition,
             "rows": n,
@@ -125,42 +136,67 @@ class GradientStore:
             "sha256": digest.hexdigest(),
             "truncated": truncated,
             "tokens": int(gradients.tokens.sum()),
-            "quarantined": [[start + i, ids.get(i, ""), why] for i, why in sorted(gradients.problems.items())],
+            "quarantined": [
+                [start + i, ids.get(i, ""), why] for i, why in sorted(gradients.problems.items())
+            ],
         }
         self.run.write_json(f"{DONE}/{partition:08d}.json", record)
         return record
 
     def done(self, fingerprint: str) -> dict[int, dict[str, Any]]:
-        """Completion records with the right fingerprint, by partition."""
+        """Completion records with the right fingerprint, by partition; not of those that lost an object."""
         records = {}
+        present = self._present()
         for name in self.run.names(DONE):
             if not name.startswith(".") and name.endswith(".json"):
                 record = self.run.read_json(f"{DONE}/{name}")
-                if record["fingerprint"] == fingerprint:
+                if record["fingerprint"] == fingerprint and int(record["partition"]) in present:
                     records[int(record["partition"])] = record
         return records
+
+    def _present(self) -> set[int]:
+        """Partitions of which every column has its object; one listing a column, and one a checkpoint."""
+        folders = [f"features/c/{j}" for j in range(self.n_checkpoints)]
+        folders += [f"{name}/c/0" for name in PER_CHECKPOINT] + [f"{name}/c" for name in PER_DOCUMENT]
+        found = [set(self.run.names(f"{STORE}/{folder}")) for folder in folders]
+        return {int(name) for name in set.intersection(*found) if name.isdigit()}
 
     def column(self, name: str, checkpoint: int | None = None) -> npt.NDArray[Any]:
         """A whole column: (N,), or (P, N) for per-checkpoint columns unless one checkpoint is asked for."""
         array = self._arrays[name]
-        return np.asarray(array[:] if checkpoint is None else array[checkpoint])
+        with _sound(self.run):
+            return np.asarray(array[:] if checkpoint is None else array[checkpoint])
 
     def read(self, start: int, stop: int) -> RowBlock:
-        """See `engine.rows.Rows.read`."""
+        """See `engine.rows.Rows.read`; UserError when a chunk fails its checksum."""
         stop = min(stop, self.n_rows)
-        return RowBlock(
-            np.asarray(self._arrays["features"][:, start:stop]),
-            np.asarray(self._arrays["scale"][:, start:stop]),
-            np.asarray(self._arrays["state"][start:stop]) == VALID,
-        )
+        with _sound(self.run):
+            return RowBlock(
+                np.asarray(self._arrays["features"][:, start:stop]),
+                np.asarray(self._arrays["scale"][:, start:stop]),
+                np.asarray(self._arrays["state"][start:stop]) == VALID,
+            )
 
     def take(self, rows: npt.NDArray[np.int64]) -> RowBlock:
-        """See `engine.rows.Rows.take`."""
-        return RowBlock(
-            np.asarray(self._arrays["features"].oindex[:, rows]),  # type: ignore[index]
-            np.asarray(self._arrays["scale"].oindex[:, rows]),  # type: ignore[index]
-            np.asarray(self._arrays["state"].oindex[rows]) == VALID,  # type: ignore[index]
-        )
+        """See `engine.rows.Rows.take`; UserError when a chunk fails its checksum."""
+        with _sound(self.run):
+            return RowBlock(
+                np.asarray(self._arrays["features"].oindex[:, rows]),
+                np.asarray(self._arrays["scale"].oindex[:, rows]),
+                np.asarray(self._arrays["state"].oindex[rows]) == VALID,
+            )
+
+
+@contextlib.contextmanager
+def _sound(run: RunDir) -> Iterator[None]:
+    """What Zarr says of a damaged chunk (a ValueError that names nothing) as one sentence."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"the store {run.path(STORE)} is damaged or unreadable ({str(error).splitlines()[0].rstrip('.')}): "
+            f"remove {run.path('')} and extract again."
+        ) from None
 
 
 def _rows(name: str, start: int, stop: int) -> tuple[slice, ...]:
@@ -170,16 +206,22 @@ def _rows(name: str, start: int, stop: int) -> tuple[slice, ...]:
 
 def _create_arrays(group: zarr.Group, shape: StoreShape, target: npt.NDArray[np.float64]) -> None:
     p, n, d, s = shape.checkpoints, shape.docs, shape.dim, shape.partition_rows
-    # All-zero chunks are written too: an absent object always means an unwritten partition.
-    common: dict[str, Any] = {"compressors": [Crc32cCodec()], "fill_value": 0, "config": {"write_empty_chunks": True}}
+    common: dict[str, Any] = {"compressors": [Crc32cCodec()], "fill_value": 0}
     group.create_array(
-        "features", shape=(p, n, d), dtype="float16", shards=(1, s, d), chunks=(1, shape.chunk_rows, d), **common
+        "features",
+        shape=(p, n, d),
+        dtype="float16",
+        shards=(1, s, d),
+        chunks=(1, shape.chunk_rows, d),
+        **common,
     )
     for name, dtype in PER_CHECKPOINT.items():
         group.create_array(name, shape=(p, n), dtype=dtype, chunks=(p, s), **common)
     for name, dtype in PER_DOCUMENT.items():
         group.create_array(name, shape=(n,), dtype=dtype, chunks=(s,), **common)
-    group.create_array("target", shape=(d,), dtype="float32", chunks=(d,), **common)[:] = target.astype(np.float32)
+    group.create_array("target", shape=(d,), dtype="float32", chunks=(d,), **common)[:] = target.astype(
+        np.float32
+    )
 
 
 def _backend(run: RunDir, read_only: bool) -> LocalStore | FsspecStore:
@@ -189,4 +231,4 @@ def _backend(run: RunDir, read_only: bool) -> LocalStore | FsspecStore:
 
 
 def _open_group(run: RunDir, mode: str) -> zarr.Group:
-    return zarr.open_group(_backend(run, read_only=mode == "r"), mode=mode)  # type: ignore[arg-type]
+    return zarr.open_group(_backend(run, read_only=mode == "r"), mode=mode)
