@@ -135,7 +135,9 @@ def embedding_names(model: transformers.PreTrainedModel) -> dict[str, str]:
 
 def _may_be_tied(name: str) -> bool:
     """Tensors that a tied model's file may or may not hold, and buffers older versions saved."""
-    return name.endswith(("lm_head.weight", "embed_out.weight", "rotary_emb.inv_freq", "attn.bias", "attn.masked_bias"))
+    return name.endswith(
+        ("lm_head.weight", "embed_out.weight", "rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+    )
 
 
 def _check_match(base: str, finetuned: str) -> int:
@@ -143,7 +145,13 @@ def _check_match(base: str, finetuned: str) -> int:
     ours, theirs = (
         transformers.AutoConfig.from_pretrained(path).get_text_config() for path in (base, finetuned)
     )
-    for field in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+    for field in (
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    ):
         a, b = getattr(ours, field, None), getattr(theirs, field, None)
         if a != b:
             raise UserError(f"the models do not match: {field} is {a} in {base} and {b} in {finetuned}.")

@@ -87,7 +87,13 @@ class GradientEngine:
     def __init__(
         self, endpoints: Endpoints, encoder: Encoder, target: Target, spec: RunSpec, device: str = "cpu"
     ) -> None:
-        self.endpoints, self.encoder, self.target, self.spec, self.device = endpoints, encoder, target, spec, device
+        self.endpoints, self.encoder, self.target, self.spec, self.device = (
+            endpoints,
+            encoder,
+            target,
+            spec,
+            device,
+        )
         self.fractions = spec.gradients.fractions
         self.model = load_model(
             endpoints.finetuned, torch_dtype(spec.gradients.dtype), device, spec.models.trust_remote_code
@@ -152,7 +158,11 @@ class GradientEngine:
             self.at = fraction
         for members in groups:
             batch = pad(documents, members).to(self.device)
-            result = self._hooked(batch, label[members]) if self.hooked else self._last_layer(batch, label[members], out)
+            result = (
+                self._hooked(batch, label[members])
+                if self.hooked
+                else self._last_layer(batch, label[members], out)
+            )
             loss = result.loss.cpu().numpy()
             if fraction == 1.0:
                 label[members] = result.label.cpu().numpy()
@@ -234,7 +244,10 @@ class GradientEngine:
         Documents do not meet in the forward pass, so the gradient of the summed losses splits by document.
         """
         result = self._empty_result(len(batch.lengths), label)
-        with LayerHooks(self.model, [layer.name for layer in self.target.layers]) as hooks, torch.enable_grad():
+        with (
+            LayerHooks(self.model, [layer.name for layer in self.target.layers]) as hooks,
+            torch.enable_grad(),
+        ):
             hidden, targets, docs, weight = self._loss_states(batch)
             loss, error = self._errors(hidden, targets, docs, result.label)
             hooks.backward((loss * weight).sum())
@@ -247,7 +260,9 @@ class GradientEngine:
                     left, right, docs_of = error * weight[:, None], hidden.detach(), docs
                 else:
                     left, right, docs_of = *hooks.factors(layer.name, real), owner
-                result.rows.add_(self._project(index, left.float(), right.float(), docs_of, len(batch.lengths)))
+                result.rows.add_(
+                    self._project(index, left.float(), right.float(), docs_of, len(batch.lengths))
+                )
         return result
 
 

@@ -23,7 +23,9 @@ class Classified:
     logits: torch.Tensor
 
 
-def classify(head: Head, hidden: torch.Tensor, label_ids: torch.Tensor, restricted: bool, vocab: int) -> Classified:
+def classify(
+    head: Head, hidden: torch.Tensor, label_ids: torch.Tensor, restricted: bool, vocab: int
+) -> Classified:
     """Label documents from the states of their last prompt tokens.
 
     Args:
@@ -34,7 +36,9 @@ def classify(head: Head, hidden: torch.Tensor, label_ids: torch.Tensor, restrict
     """
     if restricted:
         # L rows cost nothing, so they are computed in float32 whatever the model's type.
-        exact = Head(head.name, head.weight[label_ids].float(), _bias(head, label_ids), head.scale, head.softcap, False)
+        exact = Head(
+            head.name, head.weight[label_ids].float(), _bias(head, label_ids), head.scale, head.softcap, False
+        )
         logits = exact.logits(hidden.float())
         columns = torch.arange(len(label_ids), device=hidden.device)
     else:

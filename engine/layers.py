@@ -64,7 +64,9 @@ class LayerHooks:
         for weight in self._weights:
             module = self._modules[weight]
 
-            def record(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, weight: str = weight) -> None:
+            def record(
+                _: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, weight: str = weight
+            ) -> None:
                 self._inputs[weight] = inputs[0].detach()
                 self._outputs[weight] = output
 

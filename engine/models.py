@@ -75,7 +75,10 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(
-    path: str, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu", trust_remote_code: bool = False
+    path: str,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> transformers.PreTrainedModel:
     """A causal language model in evaluation mode, from a folder of safetensors.
 
@@ -85,7 +88,11 @@ def load_model(
     require_safetensors(path)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation="sdpa",
         )
     except (OSError, ValueError, KeyError, SafetensorError, ImportError) as error:
         raise UserError(f"cannot load the model in {path}: {_first_line(error)}.") from None
@@ -106,7 +113,9 @@ def find_head(model: transformers.PreTrainedModel) -> Head:
         )
     config = model.config.get_text_config()
     name = next(n for n, m in model.named_modules() if m is module) + ".weight"
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
     return Head(
         name=name,
         weight=module.weight,
@@ -255,12 +264,16 @@ def _from_hub(name: str, revision: str | None) -> str:
     try:
         return str(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        raise UserError(f"{name} is no local folder and not to be had from the Hub: {_first_line(error)}.") from None
+        raise UserError(
+            f"{name} is no local folder and not to be had from the Hub: {_first_line(error)}."
+        ) from None
 
 
 def _merge_adapter(adapter: str, target: str, base: str | None, trust_remote_code: bool) -> str:
     if base is None:
-        raise UserError(f"{adapter} is a PEFT adapter: only models.finetuned may be one, on top of models.base.")
+        raise UserError(
+            f"{adapter} is a PEFT adapter: only models.finetuned may be one, on top of models.base."
+        )
     try:
         from peft import PeftModel
     except ImportError:

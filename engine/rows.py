@@ -27,7 +27,9 @@ class RowBlock:
 
     def exact(self, checkpoint: int) -> npt.NDArray[np.float64]:
         """The rows themselves, (n, d) float64; the product of a float16 or float32 and a float32 is exact."""
-        return self.features[checkpoint].astype(np.float64) * self.scale[checkpoint].astype(np.float64)[:, None]
+        return (
+            self.features[checkpoint].astype(np.float64) * self.scale[checkpoint].astype(np.float64)[:, None]
+        )
 
 
 class Rows(Protocol):
@@ -101,9 +103,7 @@ class ArrayRows:
     def read(self, start: int, stop: int) -> RowBlock:
         """See `Rows.read`."""
         stop = min(stop, self.n_rows)
-        return RowBlock(
-            self._features[:, start:stop], self._scale[:, start:stop], self._valid[start:stop]
-        )
+        return RowBlock(self._features[:, start:stop], self._scale[:, start:stop], self._valid[start:stop])
 
     def take(self, rows: npt.NDArray[np.int64]) -> RowBlock:
         """See `Rows.take`."""

@@ -41,14 +41,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     text = [" ".join([*words, *FILLER, *LABELS]) for words in WORDS.values()] * 4
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=512,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
 
 
 def save_model(
-    path: Path, family: str = "llama", tied: bool = True, seed: int = 0, perturb: float = 0.0, hidden: int = 32
+    path: Path,
+    family: str = "llama",
+    tied: bool = True,
+    seed: int = 0,
+    perturb: float = 0.0,
+    hidden: int = 32,
 ) -> str:
     """Write a tiny causal model of a family (llama, gpt2); `perturb` adds seeded noise to every weight."""
     tok = tokenizer()
@@ -83,6 +91,8 @@ def save_model(
 
 def save_corpus(path: Path, n: int = 200, seed: int = 0, labelled: bool = False) -> str:
     """Write n documents as jsonl, with a label column when asked for."""
-    rows = [{"text": text, "label": label} if labelled else {"text": text} for text, label in sentences(n, seed)]
+    rows = [
+        {"text": text, "label": label} if labelled else {"text": text} for text, label in sentences(n, seed)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

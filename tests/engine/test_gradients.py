@@ -110,7 +110,9 @@ def test_language_model_gradients_are_those_of_autograd(pair: tuple[str, str], s
 
 
 @pytest.mark.parametrize("task", [CLASSIFY, MODEL], ids=["classification", "language_modelling"])
-def test_hooked_gradients_of_any_linear_layers_are_those_of_autograd(pair: tuple[str, str], task: dict[str, Any]) -> None:
+def test_hooked_gradients_of_any_linear_layers_are_those_of_autograd(
+    pair: tuple[str, str], task: dict[str, Any]
+) -> None:
     family = load_model(pair[1], torch.float32).config.model_type
     pattern = r"h\.1\.mlp\.c_fc$|lm_head" if family == "gpt2" else r"layers\.1\.mlp\.up_proj$|lm_head"
     spec = make_spec(pair, task, layers=pattern)
@@ -128,7 +130,9 @@ def test_batch_size_and_order_do_not_change_gradients(
     pair: tuple[str, str], task: dict[str, Any], projector: str
 ) -> None:
     spec = make_spec(pair, task, projector=projector, dim=64, checkpoints=2)
-    alone = run(spec.model_copy(update={"gradients": spec.gradients.model_copy(update={"tokens_per_batch": 1})}))
+    alone = run(
+        spec.model_copy(update={"gradients": spec.gradients.model_copy(update={"tokens_per_batch": 1})})
+    )
     together = run(spec)
     order = np.random.default_rng(0).permutation(len(TEXTS))
     shuffled = run(spec, [TEXTS[i] for i in order])
@@ -177,7 +181,9 @@ def test_equal_models_are_refused(pair: tuple[str, str]) -> None:
         engine.target.project(engine.endpoints)
 
 
-def test_unmoved_layers_are_refused_by_the_name_of_those_that_moved(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_unmoved_layers_are_refused_by_the_name_of_those_that_moved(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
     model = load_model(pair[0], torch.float32)
     weights = dict(model.named_parameters())
     name = next(n for n, p in weights.items() if p.ndim == 2 and ".1." in n)
