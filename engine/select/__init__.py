@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,59 +11,133 @@ import numpy.typing as npt
 from engine.errors import UserError
 from engine.rows import Rows
 from engine.select.baselines import alignment, at_random, by_score
-from engine.select.exact import exact_greedy
 from engine.select.external import open_features
-from engine.select.objective import Bools, Ints, valid_rows
+from engine.select.greedy import Greedy, LocalShards, Shards, verify
+from engine.select.journal import Journal, digest
+from engine.select.objective import Bools, Ints, unit_target, valid_rows
 from engine.select.selection import Certificate, Columns, RandomPath, Selection, random_path, walk
+from engine.select.shard import Shard
 from engine.spec import Select
+from engine.storage import Folder
 
 __all__ = ["Certificate", "Columns", "RandomPath", "Selection", "open_features", "select"]
 
 Progress = Callable[[int, int], None]
+Labels = npt.NDArray[np.int32]
+ShardFactory = Callable[[Rows, Select, Bools, Labels | None], Shards]
 
 
-def select(rows: Rows, columns: Columns, spec: Select, progress: Progress | None = None) -> Selection:
+def select(
+    rows: Rows,
+    columns: Columns,
+    spec: Select,
+    progress: Progress | None = None,
+    *,
+    journal: Folder | None = None,
+    shards: ShardFactory | None = None,
+) -> Selection:
     """Choose `spec.size` rows by `spec.strategy`.
 
     Args:
         rows: the store.
         columns: labels and losses, for the strategies that need them.
         progress: called with (picks done, picks in all).
+        journal: folder that keeps the picks of greedy strategies while they are made; a selection that was
+            killed goes on from it, to the same bytes.
+        shards: makes the index shards of greedy strategies; default: one in this process.
 
     Raises:
-        UserError: fewer eligible rows than `spec.size`, a column that the strategy needs is absent, or the
-            target is zero.
+        UserError: fewer eligible rows than `spec.size`, a column that the strategy needs is absent, the
+            target is zero, or the journal is another selection's.
     """
     eligible = _eligible(rows, columns, spec)
-    order = _order(rows, columns, spec, eligible, progress)
-    objective, norm, _ = walk(rows, order, spec.rows)
-    peak = int(np.argmax(objective)) + 1
+    label = _labels(columns, spec) if spec.strategy.endswith("_balanced") else None
+    certificate, checked = None, list[int]()
+    if spec.strategy.startswith("greedy"):
+        restart = spec.batch_size if spec.strategy == "greedy_batched" else 0
+        book = None if journal is None else Journal(journal, _inputs(rows, spec, eligible, label))
+        greedy = Greedy(rows, eligible, spec.size, spec.rows, restart, label)
+        order, certificate = greedy.run(
+            lambda: (shards or local_shards)(rows, spec, eligible, label), book, progress
+        )
+        checked = verify(rows, eligible, spec.rows, restart, label, order, spec.verify, spec.seed)
+    else:
+        order = _order(rows, columns, spec, eligible, label)
+    return _described(rows, spec, eligible, order, certificate, checked)
+
+
+def local_shards(rows: Rows, spec: Select, eligible: Bools, label: Labels | None) -> Shards:
+    """All rows as one shard in this process."""
+    budgets = spec.index_memory_mb, spec.cache_memory_mb
+    return LocalShards(
+        [Shard(rows, 0, rows.n_rows, spec.rows, unit_target(rows.target), eligible, label, *budgets)]
+    )
+
+
+def _described(
+    rows: Rows,
+    spec: Select,
+    eligible: Bools,
+    order: Ints,
+    certificate: Certificate | None,
+    checked: list[int],
+) -> Selection:
+    path = walk(rows, order, spec.rows)
+    peak = int(np.argmax(path.objective)) + 1
     kept = peak if spec.stop == "at_peak" else order.size
     beside = random_path(rows, eligible, order.size, spec.rows, spec.seed)
+    objective = path.objective[:kept]
     return Selection(
         strategy=spec.strategy,
         size=kept,
         rows=order[:kept],
-        objective=objective[:kept],
-        gain=np.diff(objective[:kept], prepend=0.0),
-        norm=norm[:kept],
-        path=objective,
+        objective=objective,
+        gain=np.diff(objective, prepend=0.0),
+        norm=path.norm[:kept],
+        path=path.objective,
         peak_size=peak,
-        peak_value=float(objective[peak - 1]),
+        peak_value=float(path.objective[peak - 1]),
         random_path=beside,
+        certificate=certificate,
         summary={
             "strategy": spec.strategy,
             "rows": spec.rows,
             "documents": rows.n_rows,
             "eligible": int(eligible.sum()),
             "selected": kept,
-            "objective": float(objective[kept - 1]),
+            "objective": float(objective[-1]),
             "peak_size": peak,
-            "peak_objective": float(objective[peak - 1]),
+            "peak_objective": float(path.objective[peak - 1]),
             "random_objective_mean": float(beside.mean[-1]),
             "random_objective_std": float(beside.std[-1]),
+            "certificate": None if certificate is None else _summary(certificate, checked),
         },
     )
+
+
+def _summary(certificate: Certificate, checked: list[int]) -> dict[str, Any]:
+    slack = certificate.score - certificate.bound
+    return {
+        "picks": int(certificate.score.size),
+        "least_slack": float(slack.min()) if np.isfinite(slack.min()) else None,
+        "rows_compared_mean": float(certificate.compared.mean()),
+        "rows_compared_max": int(certificate.compared.max()),
+        "rows_read": int(certificate.rows_read.sum()),
+        "bytes_read": int(certificate.bytes_read.sum()),
+        "picks_verified": checked,
+    }
+
+
+def _inputs(rows: Rows, spec: Select, eligible: Bools, label: Labels | None) -> dict[str, Any]:
+    """All that greedy picks depend on, but for the rows themselves, which resuming compares."""
+    fields = ("strategy", "size", "rows") + (("batch_size",) if spec.strategy == "greedy_batched" else ())
+    return {
+        **{name: getattr(spec, name) for name in fields},
+        "shape": [rows.n_checkpoints, rows.n_rows, rows.dim],
+        "target": digest(rows.target),
+        "eligible": digest(eligible),
+        "label": digest(label),
+    }
 
 
 def _eligible(rows: Rows, columns: Columns, spec: Select) -> Bools:
@@ -79,9 +154,8 @@ def _eligible(rows: Rows, columns: Columns, spec: Select) -> Bools:
     return eligible
 
 
-def _order(rows: Rows, columns: Columns, spec: Select, eligible: Bools, progress: Progress | None) -> Ints:
-    balanced = spec.strategy.endswith("_balanced")
-    label = _labels(columns, spec) if balanced else None
+def _order(rows: Rows, columns: Columns, spec: Select, eligible: Bools, label: Labels | None) -> Ints:
+    """Rows in pick order, of the strategies without a running sum."""
     match spec.strategy:
         case "random" | "random_balanced":
             return at_random(eligible, spec.size, spec.seed, label)
@@ -92,12 +166,11 @@ def _order(rows: Rows, columns: Columns, spec: Select, eligible: Bools, progress
             return by_score(alignment(rows, spec.rows, eligible), eligible, spec.size, label)
         case "bottomk":
             return by_score(-alignment(rows, spec.rows, eligible), eligible, spec.size)
-        case "greedy" | "greedy_batched" | "greedy_balanced":
-            restart = spec.batch_size if spec.strategy == "greedy_batched" else 0
-            return exact_greedy(rows, eligible, spec.size, spec.rows, restart, label, progress)[0]
+        case _:
+            raise AssertionError(spec.strategy)
 
 
-def _labels(columns: Columns, spec: Select) -> npt.NDArray[np.int32]:
+def _labels(columns: Columns, spec: Select) -> Labels:
     if columns.label is None:
         raise UserError(f"select.strategy={spec.strategy} balances labels, but the store has none.")
     return columns.label

@@ -35,7 +35,7 @@ def alignment(rows: Rows, kind: RowKind, eligible: Bools) -> Floats:
 
 
 def by_score(score: Floats, eligible: Bools, size: int, label: npt.NDArray[np.int32] | None = None) -> Ints:
-    """The `size` eligible rows of largest score, with `label` under equal quotas; best first, lowest on ties."""
+    """The `size` eligible rows of largest score, with `label` under equal quotas; best first, then lowest."""
     candidates = np.flatnonzero(eligible)
     if label is None:
         return rank(score[candidates], candidates, size)

@@ -37,7 +37,9 @@ def exact_greedy(
     u = unit_target(rows.target)
     sums = np.zeros((rows.n_checkpoints, rows.dim))
     left = eligible.copy()
-    open_quota = None if label is None else quotas(label[eligible], size)
+    quota = {} if label is None else quotas(label[eligible], size)
+    if label is not None:
+        left &= np.isin(label, [of for of, most in quota.items() if most])
     picked, score = np.empty(size, np.int64), np.empty(size)
     for t in range(size):
         if restart and t % restart == 0:
@@ -47,9 +49,9 @@ def exact_greedy(
         picked[t], score[t] = best, every[best]
         left[best] = False
         sums = sums + vectors(rows.take(picked[t : t + 1]), kind)[0]
-        if label is not None and open_quota is not None:
-            open_quota[int(label[best])] -= 1
-            if open_quota[int(label[best])] == 0:
+        if label is not None:
+            quota[int(label[best])] -= 1
+            if quota[int(label[best])] == 0:
                 left &= label != label[best]
         if progress is not None:
             progress(t + 1, size)

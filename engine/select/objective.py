@@ -27,6 +27,7 @@ Bools = npt.NDArray[np.bool_]
 RowKind = Literal["raw", "unit"]
 
 _BLOCK_NUMBERS = 1 << 16  # float64 numbers scored together: half a megabyte stays in the core's cache
+_PIECE_NUMBERS = 1 << 21  # numbers of a store converted to float64 together
 
 
 def fold(x: Floats) -> Floats:
@@ -111,10 +112,21 @@ def rank(score: Floats, rows: Ints, size: int) -> Ints:
     return rows[np.lexsort((rows, -score))[:size]]
 
 
-def blocks(rows: Rows) -> Iterator[tuple[int, int]]:
-    """Bounds (start, stop) of the partitions of a store, in order."""
-    for start in range(0, rows.n_rows, rows.block_rows):
-        yield start, min(start + rows.block_rows, rows.n_rows)
+def stream(rows: Rows, start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, RowBlock]]:
+    """Rows start..stop-1, partition by partition, in pieces small enough to be converted to float64.
+
+    Yields:
+        (the piece's rows, the piece); one read serves all pieces of a partition.
+    """
+    stop = rows.n_rows if stop is None else stop
+    step = max(1, _PIECE_NUMBERS // (rows.n_checkpoints * rows.dim))
+    for first in range(start - start % rows.block_rows, stop, rows.block_rows):
+        begin, end = max(first, start), min(first + rows.block_rows, stop)
+        block = rows.read(begin, end)
+        for low in range(0, end - begin, step):
+            part = slice(low, min(low + step, end - begin))
+            piece = RowBlock(block.features[:, part], block.scale[:, part], block.valid[part])
+            yield slice(begin + low, begin + part.stop), piece
 
 
 def valid_rows(rows: Rows) -> Bools:
@@ -123,25 +135,15 @@ def valid_rows(rows: Rows) -> Bools:
     if known is not None:
         return np.asarray(known, np.bool_)
     valid = np.zeros(rows.n_rows, np.bool_)
-    for start, stop in blocks(rows):
-        valid[start:stop] = rows.read(start, stop).valid
+    for part, piece in stream(rows):
+        valid[part] = piece.valid
     return valid
 
 
 def stream_scores(rows: Rows, kind: RowKind, sums: Floats, u: Floats, eligible: Bools) -> Floats:
     """Canonical scores of all eligible rows by one streaming pass, (N,); -inf where not eligible."""
     result = np.full(rows.n_rows, -np.inf)
-    step = max(1, (1 << 22) // (rows.n_checkpoints * rows.dim))
-    for start, stop in blocks(rows):
-        if not eligible[start:stop].any():
-            continue
-        block = rows.read(start, stop)
-        for low in range(0, stop - start, step):
-            part = RowBlock(
-                block.features[:, low : low + step],
-                block.scale[:, low : low + step],
-                block.valid[low : low + step],
-            )
-            result[start + low : start + low + part.valid.size] = scores(sums, vectors(part, kind), u)
-    result[~eligible] = -np.inf
+    for part, piece in stream(rows):
+        if eligible[part].any():
+            result[part] = np.where(eligible[part], scores(sums, vectors(piece, kind), u), -np.inf)
     return result

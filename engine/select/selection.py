@@ -11,6 +11,8 @@ import numpy.typing as npt
 from engine.rows import Rows
 from engine.select.objective import Bools, Floats, Ints, RowKind, norms, scores, unit_target, vectors
 
+_TAKEN_NUMBERS = 1 << 21  # numbers of picked rows held in float64 at once
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -27,7 +29,7 @@ class Certificate:
     Arrays over picks, (k,): score: the winner's exact score, in the sum it was picked for (greedy_batched:
     of its batch); bound: the largest upper bound among candidates never compared exactly (-inf if none),
     always below score; compared: candidates whose exact row was compared; rows_read, bytes_read: what came
-    from the store, cached rows excluded.
+    from the store, cached rows excluded, whole chunks counted.
     """
 
     score: Floats
@@ -71,20 +73,29 @@ class Selection:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def walk(rows: Rows, order: Ints, kind: RowKind, restart: int = 0) -> tuple[Floats, Floats, Floats]:
+@dataclass(frozen=True)
+class Walk:
+    """Rows added one by one. objective, score, norm: (k,), f of all rows so far, f in the sum that each was
+    picked for (they differ where that sum restarts), norm of each raw row (mean over checkpoints); sums:
+    (P, d), the running sum at the end."""
+
+    objective: Floats
+    score: Floats
+    norm: Floats
+    sums: Floats
+
+
+def walk(rows: Rows, order: Ints, kind: RowKind, restart: int = 0) -> Walk:
     """Add rows in the given order.
 
     Args:
         order: (k,) distinct rows.
-        restart: the returned sum starts anew every so many picks (greedy_batched); 0: never.
-
-    Returns:
-        objective (k,) after each row, norm (k,) of each raw row, and the running sum (P, d) at the end.
+        restart: the running sum starts anew every so many rows (greedy_batched); 0: never.
     """
     u = unit_target(rows.target)
     total, running = np.zeros((2, rows.n_checkpoints, rows.dim))
-    objective, norm = np.empty(order.size), np.empty(order.size)
-    step = max(1, (1 << 22) // (rows.n_checkpoints * rows.dim))
+    objective, score, norm = np.empty((3, order.size))
+    step = max(1, _TAKEN_NUMBERS // (rows.n_checkpoints * rows.dim))
     for start in range(0, order.size, step):
         part = order[start : start + step]
         ascending = np.argsort(part)
@@ -95,12 +106,12 @@ def walk(rows: Rows, order: Ints, kind: RowKind, restart: int = 0) -> tuple[Floa
         raw = g if kind == "raw" else vectors(block, "raw")[place]
         norm[start : start + step] = norms(raw).mean(axis=1)
         for i in range(part.size):
-            objective[start + i] = scores(total, g[i : i + 1], u)[0]
-            total = total + g[i]
-            running = running + g[i] if not restart or (start + i) % restart else g[i]
-            if restart and (start + i + 1) % restart == 0:
+            if restart and (start + i) % restart == 0:
                 running = np.zeros_like(running)
-    return objective, norm, running
+            objective[start + i] = scores(total, g[i : i + 1], u)[0]
+            score[start + i] = scores(running, g[i : i + 1], u)[0] if restart else objective[start + i]
+            total, running = total + g[i], running + g[i]
+    return Walk(objective, score, norm, running)
 
 
 def random_path(
@@ -121,7 +132,7 @@ def random_path(
     by_row = np.argsort(row, kind="stable")
     row, bucket = row[by_row], bucket[by_row]
     sums = np.zeros((sets * grid.size, rows.n_checkpoints, rows.dim))
-    limit = max(1, (1 << 22) // (rows.n_checkpoints * rows.dim))
+    limit = max(1, _TAKEN_NUMBERS // (rows.n_checkpoints * rows.dim))
     start = 0
     while start < row.size:
         end_of_block = (row[start] // rows.block_rows + 1) * rows.block_rows

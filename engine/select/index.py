@@ -1,0 +1,286 @@
+"""Subspace index: a few numbers per row that bound every candidate's score without reading the row.
+
+Per row and checkpoint, with ``h = g / ||g||``: ``nu = ||g||``, ``alpha = h.u``, and a low-precision copy zq
+of ``z = Q^T h``. With ``e = h - Q zq``, s the unit running sum, ``w = Q^T s``, ``s' = s - Q w``, for any Q::
+
+    h.s = zq.w + (Q^T e).w + e.s'   so   |h.s - zq.w| <= q ||w|| + rho ||s'||,   q >= ||Q^T e||, rho >= ||e||
+
+Bounds are sharpened in stages. The *stale* stage uses zq.w and its radius as they were for an earlier sum s0:
+with ``s = a s0 + b``, h.s differs from a (h.s0) by at most ||b||, a few operations per row whatever Q's size.
+The *fresh* stage computes zq.w for the rows that the stale one leaves, and for all rows when those become
+many. What is left then is compared exactly. Everything is bounded on unit vectors, so norms of any size are
+harmless. Rounding is covered as docs/selection.md says; it assumes that a matrix product is a sum of products
+in some order, with or without FMA, in the precision of its operands.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.rows import RowBlock, Rows
+from engine.select.objective import Floats, Ints, RowKind, norms, stream
+
+ROW_BYTES = 28
+"""Bytes per row and checkpoint beside the coordinates: nu, alpha, q, rho, and the stale cosine and radius."""
+
+_SINGLE, _DOUBLE = 2.0**-24, 2.0**-53  # unit roundoffs
+_BOUND_ROWS = 1 << 15  # rows bounded at once, so that their numbers stay in the core's cache
+_COORDS = 1 << 19  # coordinates converted to float32 at once, likewise
+_STALE_SHARE = 4  # a row gathered costs about as much as this many rows in sequence
+
+
+@dataclass(frozen=True)
+class Query:
+    """A running sum as the index sees it, per checkpoint.
+
+    unit: (P, d) s; norm: (P,) of the sum itself; cosine: cos(s, u); weights: (P, r) float32, Q^T s; inside,
+    outside, slack: (P,), ||w||, ||s'|| and the rounding of zq.w; turn, drift: (P,), a and ||b|| of the stale
+    stage.
+    """
+
+    unit: Floats
+    norm: Floats
+    cosine: Floats
+    weights: torch.Tensor
+    inside: Floats
+    outside: Floats
+    slack: Floats
+    turn: Floats
+    drift: Floats
+
+
+class SubspaceIndex:
+    """The index of rows start..stop-1 of a store; its row i is row start + i of the store.
+
+    Args:
+        rows: the store; each `extend` streams it once.
+        u: (d,), unit target.
+        capacity: directions (columns of Q) that memory is set aside for.
+    """
+
+    def __init__(self, rows: Rows, start: int, stop: int, kind: RowKind, u: Floats, capacity: int) -> None:
+        self.rows, self.start, self.stop, self.kind, self.u = rows, start, stop, kind, u
+        p, n = rows.n_checkpoints, stop - start
+        self.size, self.capacity = 0, min(capacity, rows.dim)
+        self.basis = np.zeros((p, rows.dim, self.capacity))
+        self.skew = np.zeros(p)  # ||Q^T Q - I||
+        self._weights = np.zeros((p, self.capacity))  # Q^T s of the last query
+        self._nu = torch.zeros((p, n), dtype=torch.float64)
+        self._coords = torch.zeros((p, n, self.capacity), dtype=torch.float16)
+        self._alpha, self._q, self._rho, self._stale, self._radius = torch.zeros(
+            (5, p, n), dtype=torch.float32
+        )
+        self._stale_sum: Floats | None = None
+        self._gathered = 0
+        # Covers every float64 error on unit quantities: sums of d products and a few operations after them.
+        self.margin = 2 * _DOUBLE * (rows.dim + 64)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes per row, all checkpoints."""
+        return self.rows.n_checkpoints * (ROW_BYTES + 2 * self.capacity)
+
+    def extend(self, directions: Floats) -> None:
+        """Add columns to Q by one streaming pass; where capacity ends they replace those that s uses least.
+
+        Args:
+            directions: (P, d, m), roughly orthonormal to one another and to Q's columns; at most a quarter
+                of the capacity is replaced, the rest of them is left out.
+        """
+        free = self.capacity - self.size
+        directions = directions[:, :, : max(free, self.capacity // 4, 1)]
+        surplus = max(0, directions.shape[2] - free)
+        used = (self._weights[:, : self.size] ** 2).sum(axis=0)
+        replaced = np.argsort(used, kind="stable")[:surplus]
+        columns = np.concatenate([replaced, np.arange(self.size, self.size + directions.shape[2] - surplus)])
+        first, before = self.size == 0, self.skew
+        self.basis[:, :, columns] = directions
+        self.size += columns.size - surplus
+        q = self.basis[:, :, : self.size]
+        gram = q.transpose(0, 2, 1) @ q - np.eye(self.size)
+        self.skew = np.sqrt((gram**2).sum(axis=(1, 2))) + self.margin * self.size
+        wrong = np.maximum(before, self.skew) + self.margin * math.sqrt(self.size)
+        for at, block in stream(self.rows, self.start, self.stop):
+            part = slice(at.start - self.start, at.stop - self.start)
+            for j in range(self.rows.n_checkpoints):
+                z = self._project(block, j, part, directions[j], first)
+                self._replace(j, part, columns, replaced, z, float(wrong[j]))
+        self._stale_sum = None
+
+    def _project(self, block: RowBlock, j: int, part: slice, directions: Floats, first: bool) -> Floats:
+        """z = directions^T h of a block (b, m), in float64; the first pass also fills in nu and alpha."""
+        features = block.features[j].astype(np.float64)
+        features[~block.valid] = 0
+        length = np.sqrt(np.einsum("nd,nd->n", features, features))
+        scale = block.scale[j].astype(np.float64) if self.kind == "raw" else (block.scale[j] != 0) * 1.0
+        live = (length > 0) & (scale != 0)
+        if first:
+            directions = np.concatenate([directions, self.u[:, None]], axis=1)
+        z = features @ directions
+        z *= np.divide(np.sign(scale), length, out=np.zeros_like(length), where=live)[:, None]
+        if first:
+            nu = length * np.abs(scale) if self.kind == "raw" else live * 1.0
+            self._nu[j, part] = torch.from_numpy(nu)
+            self._alpha[j, part] = torch.from_numpy(z[:, -1])
+            self._rho[j, part] = torch.from_numpy(live * 1.0)
+            z = z[:, :-1]
+        return z
+
+    def _replace(self, j: int, part: slice, columns: Ints, replaced: Ints, z: Floats, wrong: float) -> None:
+        """Store coordinates and update q and rho.
+
+        Exactly, e loses Q z and keeps what rounding z to float16 lost; a replaced column gives its part back.
+        `wrong` bounds the error of z and the skew of Q, each of which enters a square a few times at most.
+        """
+        q, rho2 = (
+            self._q[j, part].numpy().astype(np.float64),
+            self._rho[j, part].numpy().astype(np.float64) ** 2,
+        )
+        live = self._nu[j, part].numpy() > 0
+        if replaced.size:
+            old = self._coords[j, part][:, replaced].double().numpy()
+            back = np.sqrt(np.einsum("nr,nr->n", old, old))
+            rho2 = rho2 + back * (2 * q + back)
+        half = z.astype(np.float16)
+        lost2 = np.einsum("nr,nr->n", z - half, z - half)
+        rho2 = np.maximum(rho2 - np.einsum("nr,nr->n", z, z) + lost2, 0)
+        self._coords[j, part, columns] = torch.from_numpy(half)
+        self._q[j, part] = torch.from_numpy(_up((np.sqrt(q * q + lost2) + 2 * wrong) * live))
+        self._rho[j, part] = torch.from_numpy(_up(np.sqrt(rho2 + 16 * wrong) * live))
+
+    def query(self, sums: Floats) -> Query:
+        """Prepare bounds for candidates added to sums (P, d)."""
+        norm = norms(sums)
+        unit = np.divide(sums, norm[:, None], out=np.zeros_like(sums), where=norm[:, None] > 0)
+        w = (unit[:, None] @ self.basis)[:, 0]
+        rest = unit - (self.basis @ w[:, :, None])[:, :, 0]
+        self._weights, inside = w, _length(w)
+        # float32: w rounded, r products summed in any order; float64: w itself. ||zq|| <= 1.001.
+        wrong = self.margin * math.sqrt(self.size)
+        slack = 1.05 * ((self.size + 8) * _SINGLE * inside + wrong) + 2 * self.margin
+        stale = unit if self._stale_sum is None else self._stale_sum
+        turn = np.einsum("pd,pd->p", unit, stale)
+        drift = _length(unit - turn[:, None] * stale) + 4 * _SINGLE
+        weights = torch.from_numpy(w.astype(np.float32))
+        return Query(
+            unit, norm, unit @ self.u, weights, inside + wrong, _length(rest) + wrong, slack, turn, drift
+        )
+
+    def stale(self, query: Query) -> Floats | None:
+        """Upper bounds of all rows (n,) from the last `fresh` of all; None when a fresh one is due."""
+        if self._stale_sum is None or self._gathered * _STALE_SHARE > self.stop - self.start:
+            return None
+        return self._bounds(query, None, fresh=False)
+
+    def fresh(self, query: Query, rows: Ints | None = None) -> Floats:
+        """Upper bounds on the canonical score, of the given rows (m,) or of all (n,), at the present sum."""
+        if rows is not None:
+            self._gathered += rows.size
+            return self._bounds(query, rows, fresh=True)
+        result = self._bounds(query, None, fresh=True)
+        self._stale_sum, self._gathered = query.unit, 0
+        return result
+
+    def _bounds(self, query: Query, rows: Ints | None, fresh: bool) -> Floats:
+        count = self._nu.shape[1] if rows is None else rows.size
+        out = torch.empty(count, dtype=torch.float64)
+        for low in range(0, count, _BOUND_ROWS):
+            high = min(low + _BOUND_ROWS, count)
+            part = slice(low, high) if rows is None else torch.from_numpy(rows[low:high])
+            total = out[low:high].zero_()
+            for j in range(self._nu.shape[0]):
+                if fresh:
+                    along, radius = self._fresh_cosine(query, j, part)
+                    if rows is None:
+                        self._stale[j, part] = along
+                        self._radius[j, part] = radius * (1 + 4 * _SINGLE)
+                else:
+                    along = self._stale[j, part] * float(query.turn[j])
+                    radius = self._radius[j, part] * abs(float(query.turn[j])) + float(query.drift[j])
+                total += self._score_bound(query, j, part, along.double(), radius.double())
+            total /= self._nu.shape[0]
+        return np.asarray(out.add_(self.margin).numpy())
+
+    def _fresh_cosine(
+        self, query: Query, j: int, part: slice | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """h.s_j of some rows and the radius that it is certain to, float32."""
+        rows = torch.arange(part.start, part.stop) if isinstance(part, slice) else part
+        along, step = torch.empty(rows.shape[0]), max(1, _COORDS // self.capacity)
+        for low in range(0, rows.shape[0], step):
+            at = slice(low, low + step)
+            source = (
+                slice(part.start + low, min(part.start + low + step, part.stop))
+                if isinstance(part, slice)
+                else rows[at]
+            )
+            torch.mv(self._coords[j][source].float(), query.weights[j], out=along[at])
+        radius = self._q[j][part] * float(query.inside[j]) + self._rho[j][part] * float(query.outside[j])
+        return along, radius.mul_(1 + 8 * _SINGLE).add_(float(query.slack[j]))
+
+    def _score_bound(
+        self, query: Query, j: int, part: slice | torch.Tensor, along: torch.Tensor, radius: torch.Tensor
+    ) -> torch.Tensor:
+        """Upper bounds on cos(s_j + g_ij, u) when h.s is along +- radius.
+
+        With q = ||g|| / (||s|| + ||g||) and p = 1 - q the score is
+        ``(p cos(s, u) + q alpha) / sqrt(1 - 2 p q (1 - h.s))``, which no norm over- or underflows.
+        """
+        cosine, norm, nu = float(query.cosine[j]), float(query.norm[j]), self._nu[j][part]
+        q = nu / (nu + norm) if norm > 0 else (nu > 0).double()
+        numerator = (self._alpha[j][part].double() + (_SINGLE - cosine)).mul_(q).add_(cosine + self.margin)
+        # The smallest denominator bounds a score that is positive, the largest one that is negative.
+        worst = along.sub_(torch.copysign(radius, numerator)).clamp_(-1, 1)
+        square = worst.sub_(1).mul_(q.mul(1 - q).mul_(2)).add_(1)
+        square.sub_(torch.copysign(torch.full((), self.margin, dtype=torch.float64), numerator))
+        score = numerator.div_(square.sqrt_())
+        return torch.nan_to_num_(score, nan=1.0, posinf=1.0, neginf=1.0).clamp_(max=1.0)
+
+    def residual(self, vectors: Floats) -> Floats:
+        """What Q leaves of vectors (m, P, d)."""
+        rest = vectors.transpose(1, 0, 2)
+        rest = rest - (rest @ self.basis) @ self.basis.transpose(0, 2, 1)
+        return rest.transpose(1, 0, 2)
+
+
+def _length(x: Floats) -> Floats:
+    """Norms over the last axis, no smaller than the true ones."""
+    return np.asarray(np.sqrt(np.einsum("pd,pd->p", x, x)) * (1 + 1e-9))
+
+
+def _up(x: Floats) -> npt.NDArray[np.float32]:
+    """float32 numbers no smaller than x."""
+    return np.asarray((x * (1 + 4 * _SINGLE) + 1e-30 * (x > 0)).astype(np.float32))
+
+
+def leading_directions(sample: Floats, keep: Floats, size: int, seed: int = 0) -> Floats:
+    """`size` leading principal directions of what `keep` leaves of a sample, orthonormal to it.
+
+    Two steps of randomised subspace iteration (Halko, Martinsson & Tropp 2011); the directions only have to
+    be good, never exact: bounds hold for any basis.
+
+    Args:
+        sample: (m, d). keep: (d, r0), orthonormal columns.
+
+    Returns:
+        (d, size); directions that the sample does not determine are random.
+    """
+    x = (sample - (sample @ keep) @ keep.T).astype(np.float32)
+    dim = sample.shape[1]
+    guess = np.random.default_rng(seed).normal(size=(dim, min(size + 8, dim))).astype(np.float32)
+    for _ in range(3):
+        guess = np.linalg.qr(x.T @ (x @ guess) + np.float32(1e-12) * guess)[0]
+    values, vectors = np.linalg.eigh((x @ guess).T @ (x @ guess))
+    leading = guess @ vectors[:, np.argsort(-values)[:size]]
+    full = np.linalg.qr(np.concatenate([keep, leading.astype(np.float64)], axis=1))[0]
+    return np.asarray(full[:, keep.shape[1] :])
+
+
+def orthonormal(columns: Floats) -> Floats:
+    """Orthonormal columns that span the given ones (d, m), m' <= min(d, m) of them."""
+    return np.asarray(np.linalg.qr(columns / np.maximum(norms(columns.T), 1e-300))[0])

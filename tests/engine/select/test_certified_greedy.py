@@ -1,0 +1,276 @@
+"""Certified greedy makes the picks of the exact greedy, bit for bit, and proves it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import UserError
+from engine.rows import ArrayRows
+from engine.select import Columns, select
+from engine.select.exact import exact_greedy
+from engine.select.greedy import Greedy, LocalShards, verify
+from engine.select.index import SubspaceIndex, leading_directions, orthonormal
+from engine.select.objective import scores, unit_target, vectors
+from engine.select.shard import Shard
+from engine.spec import Select
+from engine.storage import Folder
+
+
+def shards_of(bounds, index_mb=8):
+    """A factory of local shards that end at the given rows."""
+
+    def make(rows, spec, eligible, label):
+        edges = [0, *bounds, rows.n_rows]
+        u = unit_target(rows.target)
+        return LocalShards(
+            [
+                Shard(rows, a, b, spec.rows, u, eligible, label, index_mb, 1)
+                for a, b in itertools.pairwise(edges)
+                if b > a
+            ]
+        )
+
+    return make
+
+
+def hard_rows(seed, n, d, p, dtype, kind):
+    """Rows of one of several nasty kinds: each is a way in which a bound or a tie could go wrong."""
+    rng = np.random.default_rng(seed)
+    target = rng.normal(size=d)
+    x = rng.normal(size=(p, n, d))
+    scale = np.exp(rng.normal(size=(p, n)))
+    if kind == "duplicates":
+        copies = rng.integers(0, max(1, n // 4), n)
+        x, scale = x[:, copies], scale[:, copies]
+    elif kind == "zeros":
+        x[:, rng.random(n) < 0.4] = 0
+        scale[:, rng.random(n) < 0.2] = 0
+    elif kind == "huge and tiny":
+        scale = 10.0 ** rng.integers(-37, 38, (p, n))
+    elif kind == "near ties":
+        x = np.repeat(x[:, :1], n, axis=1) + rng.choice([0, 2.0**-10, 2.0**-20], (p, n, d))
+        scale = np.ones((p, n)) * (1 + rng.integers(0, 3, (p, n)) * 2.0**-22)
+    elif kind == "cancelling":
+        x = x[:, :1] * rng.choice([-1.0, 1.0], (p, n, 1))
+    elif kind == "towards target":
+        x = target + 1e-3 * x
+    elif kind == "away from target":
+        x = -target + 0.3 * x
+    elif kind == "few directions":
+        x = rng.choice([-1.0, 0.0, 1.0], (p, n, d))
+    valid = rng.random(n) > 0.1
+    valid[0] = True
+    with np.errstate(over="ignore"):
+        return ArrayRows(x.astype(dtype), target, scale.astype(np.float32), valid, block_rows=max(1, n // 3))
+
+
+KINDS = ["plain", "duplicates", "zeros", "huge and tiny", "near ties", "cancelling", "few directions"]
+KINDS += ["towards target", "away from target"]
+cases = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 2**32),
+        "n": st.integers(1, 60),
+        "d": st.integers(1, 40),
+        "p": st.integers(1, 3),
+        "dtype": st.sampled_from([np.float16, np.float32]),
+        "kind": st.sampled_from(KINDS),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    cases,
+    st.sampled_from(["raw", "unit"]),
+    st.sampled_from([0, 0, 1, 5]),
+    st.booleans(),
+    st.sampled_from([None, [], [7], [3, 4, 30]]),
+    st.data(),
+)
+def test_every_pick_and_score_is_that_of_the_exact_greedy(case, kind, restart, balanced, bounds, data):
+    rows = hard_rows(**case)
+    n = rows.n_rows
+    eligible = rows.read(0, n).valid
+    label = np.random.default_rng(case["seed"]).integers(0, 3, n).astype(np.int32) if balanced else None
+    size = data.draw(st.one_of(st.just(int(eligible.sum())), st.integers(1, int(eligible.sum()))))
+    spec = Select(size=size, rows=kind)
+    make = shards_of([b for b in bounds or [] if b < n])
+    order, certificate = Greedy(rows, eligible, size, kind, restart, label).run(
+        lambda: make(rows, spec, eligible, label)
+    )
+    want, score = exact_greedy(rows, eligible, size, kind, restart, label)
+    assert order.tolist() == want.tolist()
+    assert certificate.score.tolist() == score.tolist()
+    assert (certificate.bound < certificate.score).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases, st.sampled_from(["raw", "unit"]), st.integers(1, 30), st.integers(0, 20))
+def test_no_bound_is_below_the_score_it_bounds(case, kind, size, added):
+    """Fresh, stale and replaced-column bounds alike, for any basis, also one that is not orthonormal."""
+    rows = hard_rows(**case)
+    n, d, p = rows.n_rows, rows.dim, rows.n_checkpoints
+    rng = np.random.default_rng(case["seed"])
+    u = unit_target(rows.target)
+    every = vectors(rows.read(0, n), kind)
+    every[~rows.read(0, n).valid] = 0
+    unit = vectors(rows.read(0, n), "unit")
+    basis = orthonormal(rng.normal(size=(d, min(size, d)))) * rng.choice([1.0, 1.0, 1 + 1e-4])
+    index = SubspaceIndex(rows, 0, n, kind, u, capacity=basis.shape[1] + 2)
+    index.extend(np.stack([basis] * p))
+    sums = every[rng.permutation(n)[:added]].sum(axis=0)
+    for step in range(6):
+        query = index.query(sums)
+        exact = scores(sums, every, u)
+        stale = index.stale(query)
+        assert stale is None or (stale >= exact).all()
+        some = rng.permutation(n)[: max(1, n // 2)]
+        assert (index.fresh(query, some) >= exact[some]).all()
+        if step % 2:
+            assert (index.fresh(query) >= exact).all()
+        if step == 3:
+            keep = orthonormal(np.concatenate([index.basis[0, :, : index.size], sums[0][:, None]], axis=1))
+            index.extend(np.stack([leading_directions(unit[:, j], keep[:, : d - 1], 1) for j in range(p)]))
+        sums = sums + every[rng.integers(n)]
+
+
+def test_the_canonical_score_is_within_the_margin_of_the_true_one():
+    """The one link between float64 scores and real arithmetic that every bound relies on."""
+    rng = np.random.default_rng(0)
+    for d in (1, 7, 33):
+        rows = ArrayRows(rng.normal(size=(8, d)).astype(np.float16), rng.normal(size=d), block_rows=4)
+        u = unit_target(rows.target)
+        every = vectors(rows.read(0, 8), "raw")
+        sums = every[0] * -(1 + 2.0**-30)
+        margin = SubspaceIndex(rows, 0, 8, "raw", u, 8).margin
+        for got, g in zip(scores(sums, every, u), every, strict=True):
+            total = [Fraction(a) + Fraction(b) for a, b in zip(sums[0], g[0], strict=True)]
+            along = sum(t * Fraction(v) for t, v in zip(total, u, strict=True))
+            square = sum(t * t for t in total)
+            true = math.copysign(math.sqrt(along * along / square), along)
+            assert abs(got - true) <= margin
+
+
+def test_it_reads_few_rows_of_a_decaying_spectrum():
+    rng = np.random.default_rng(1)
+    n, d = 6000, 128
+    x = rng.normal(size=(n, d)) * np.arange(1, d + 1) ** -1.0
+    rows = ArrayRows(x.astype(np.float16), rng.normal(size=d) * np.arange(1, d + 1) ** -1.0)
+    chosen = select(rows, Columns(), Select(size=200, verify=20))
+    assert chosen.summary["certificate"]["rows_compared_mean"] < n / 20
+    assert len(chosen.summary["certificate"]["picks_verified"]) == 20
+    assert chosen.certificate.rows_read.sum() < 200 * n / 100
+
+
+@pytest.mark.parametrize("restart", [0, 7])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_verify_finds_a_pick_that_is_not_the_best(restart, balanced):
+    rows = hard_rows(0, 60, 12, 2, np.float16, "plain")
+    eligible = rows.read(0, 60).valid
+    label = np.random.default_rng(0).integers(0, 3, 60).astype(np.int32) if balanced else None
+    order, _ = exact_greedy(rows, eligible, 20, "raw", restart, label)
+    assert verify(rows, eligible, "raw", restart, label, order, 20) == list(range(20))
+    order[[4, 5]] = order[[5, 4]]
+    with pytest.raises(RuntimeError, match="pick 4"):
+        verify(rows, eligible, "raw", restart, label, order, 20)
+
+
+def test_a_cache_far_smaller_than_what_is_compared_changes_nothing():
+    rows = hard_rows(3, 3000, 24, 1, np.float16, "near ties")
+    eligible = rows.read(0, 3000).valid
+    want, _ = exact_greedy(rows, eligible, 6)
+    make = lambda: LocalShards([Shard(rows, 0, 3000, "raw", unit_target(rows.target), eligible, None, 1, 0)])  # noqa: E731
+    assert Greedy(rows, eligible, 6, "raw", 0, None).run(make)[0].tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "greedy_batched", "greedy_balanced"])
+def test_a_selection_goes_on_from_its_journal_to_the_same_bytes(tmp_path, strategy):
+    rows = hard_rows(5, 60, 10, 2, np.float16, "plain")
+    columns = Columns(label=(np.arange(60) % 3).astype(np.int32))
+    spec = Select(strategy=strategy, size=30, batch_size=8)
+
+    class Killed(Exception):
+        pass
+
+    def kill_at(pick):
+        def progress(done, total):
+            if done == pick:
+                raise Killed
+
+        return progress
+
+    whole = select(rows, columns, spec)
+    folder = Folder(str(tmp_path / "journal"))
+    from engine.select import journal as module
+
+    before, module._EVERY_PICKS = module._EVERY_PICKS, 3
+    try:
+        for pick in (7, 11, 28):
+            with pytest.raises(Killed):
+                select(rows, columns, spec, kill_at(pick), journal=folder)
+        resumed = select(rows, columns, spec, journal=folder)
+        again = select(rows, columns, spec, kill_at(1), journal=folder)
+    finally:
+        module._EVERY_PICKS = before
+    for got in (resumed, again):
+        for name in ("rows", "objective", "gain", "norm", "path"):
+            assert getattr(got, name).tobytes() == getattr(whole, name).tobytes()
+        assert got.certificate.score.tobytes() == whole.certificate.score.tobytes()
+
+
+def test_a_journal_of_another_selection_or_another_store_is_refused(tmp_path):
+    rows = hard_rows(5, 60, 10, 1, np.float16, "plain")
+    folder = Folder(str(tmp_path / "journal"))
+    select(rows, Columns(), Select(size=10), journal=folder)
+    with pytest.raises(UserError, match=r"size = 10.*has 11"):
+        select(rows, Columns(), Select(size=11), journal=folder)
+    other = ArrayRows(
+        rows._features * np.float16(0.5) + np.float16(0.1), rows.target, rows._scale, rows._valid
+    )
+    with pytest.raises(UserError, match="store has changed"):
+        select(other, Columns(), Select(size=10), journal=folder)
+
+
+KILLED = """
+import os, sys
+import numpy as np
+sys.path.insert(0, {root!r})
+from engine.rows import ArrayRows
+from engine.select import Columns, journal, select
+from engine.spec import Select
+from engine.storage import Folder
+journal._EVERY_PICKS = 5
+x = np.random.default_rng(0).normal(size=(400, 16)).astype(np.float16)
+def progress(done, total):
+    if done == int(sys.argv[2]):
+        os.kill(os.getpid(), 9)
+got = select(ArrayRows(x, np.ones(16)), Columns(), Select(size=60), progress, journal=Folder(sys.argv[1]))
+np.save(sys.argv[1] + ".npy", np.stack([got.rows.astype(float), got.objective, got.gain, got.norm]))
+"""
+
+
+def test_a_selection_killed_with_signal_9_resumes_to_the_same_file(tmp_path):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    program = KILLED.format(root=root)
+
+    def run(folder, kill_at):
+        return subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / folder), str(kill_at)]
+        ).returncode
+
+    assert run("a", 0) == 0
+    assert run("b", 33) == -signal.SIGKILL
+    assert 0 < len([name for name in os.listdir(tmp_path / "b") if name[0].isdigit()]) <= 6
+    assert run("b", 0) == 0
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
