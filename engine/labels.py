@@ -35,17 +35,9 @@ def classify(
             word in either case.
     """
     if restricted:
-        # L rows cost nothing, so they are computed in float32 whatever the model's type.
-        exact = Head(
-            head.name, head.weight[label_ids].float(), _bias(head, label_ids), head.scale, head.softcap, False
-        )
-        logits = exact.logits(hidden.float())
+        logits = head.label_logits(hidden, label_ids)
         columns = torch.arange(len(label_ids), device=hidden.device)
     else:
         logits = head.logits(hidden, slice(0, vocab))
         columns = label_ids
     return Classified(logits[:, columns].argmax(1), columns, torch.log_softmax(logits, 1), logits)
-
-
-def _bias(head: Head, rows: torch.Tensor) -> torch.Tensor | None:
-    return None if head.bias is None else head.bias[rows].float()

@@ -43,6 +43,15 @@ class Head:
             z = z + (self.bias if rows is None else self.bias[rows]).float()
         return self.finish(z)
 
+    def label_logits(self, hidden: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:
+        """Logits (n, labels) float32 of the label words alone, in float32 whatever the model's type.
+
+        So few rows cost nothing, and in bfloat16 close labels would tie.
+        """
+        weight = self.weight[label_ids].float()
+        bias = None if self.bias is None else self.bias[label_ids].float()
+        return self.finish(torch.nn.functional.linear(hidden.float(), weight, bias))
+
     def finish(self, z: torch.Tensor) -> torch.Tensor:
         """Logits of the linear layer's output z, bias included: scale and soft-capping; same shape, float32."""
         z = z.float()

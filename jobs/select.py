@@ -90,6 +90,7 @@ def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]
         selection = choose(store, columns, settings, progress.update)
         job.run.write_table(name, _table(job, store, selection))
         progress.update(settings.size)
+        seconds = progress.seconds
     summary = {**selection.summary, "peak": {"size": selection.peak_size, "value": selection.peak_value}}
     beside = selection.random_path
     summary["random_path"] = {
@@ -97,7 +98,7 @@ def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]
         "mean": beside.mean.tolist(),
         "std": beside.std.tolist(),
     }
-    summary["path"] = selection.path.tolist()
+    summary |= {"path": selection.path.tolist(), "seconds": round(seconds, 3)}
     return summary
 
 

@@ -185,7 +185,7 @@ def _accuracy(
     for documents, hidden, _ in states:
         true = labels[documents]
         on_device = torch.from_numpy(true).to(hidden.device)
-        logits = head.logits(hidden, ids)
+        logits = head.label_logits(hidden, ids)
         if label_softmax == "restricted":
             losses = _cross_entropy(logits, on_device)
         else:
