@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,6 +93,11 @@ class RunDir(Folder):
             raise UserError(f"{self.uri} has no completed {stage} stage: run `unbake {stage}` first.")
         return str(self.read_json(name)["fingerprint"])
 
+    def forget(self, stage: str) -> None:
+        """Take back `begin` of a stage that failed and left nothing, so that mended inputs are not refused."""
+        if not self.exists(f"{STAGES}/{stage}.json"):
+            self.remove(f"{STAGES}/{stage}.inputs.json")
+
     def save_spec(self, spec: RunSpec) -> None:
         """Write the resolved spec; the last one written replays the run."""
         self.write_bytes(SPEC, spec.to_yaml().encode())
@@ -109,6 +115,26 @@ class RunDir(Folder):
     def selection_name(self, strategy: str, seed: int | None) -> str:
         """File of one comparison selection; the seed is None for strategies that do not depend on it."""
         return f"{COMPARISONS}/{strategy}{'' if seed is None else f'-{seed}'}.parquet"
+
+    @contextlib.contextmanager
+    def unchanged_on_mistake(self) -> Iterator[None]:
+        """Create the folder, and leave it as it was if the block raises UserError.
+
+        Raises:
+            UserError: the folder cannot be created or written to.
+        """
+        existed, before = self.exists(""), set(self.names())
+        self.make()
+        if self.local and not os.access(self.root, os.W_OK):
+            raise UserError(f"cannot write to {self.root}: permission denied.")
+        try:
+            yield
+        except UserError:
+            for name in set(self.names()) - before:
+                self.remove(name)
+            if not existed:
+                self.remove("")
+            raise
 
     @contextlib.contextmanager
     def not_half_written(self, name: str) -> Iterator[None]:

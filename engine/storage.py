@@ -53,7 +53,7 @@ class Folder:
         """Sorted names directly inside the folder `name`; empty when it does not exist."""
         try:
             found = self.fs.ls(self.path(name), detail=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
 

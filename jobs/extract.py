@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 import cluster.extract
@@ -15,7 +17,7 @@ from engine.checkpoints import added_tokens
 from engine.corpus import Plan, make_plan
 from engine.errors import UserError
 from engine.models import is_quantised
-from engine.rundir import QUARANTINE, fingerprint
+from engine.rundir import QUARANTINE, STAGES, fingerprint
 from engine.store import VALID, GradientStore, StoreShape
 from engine.target import Target, choose_target
 from jobs.job import Job
@@ -28,19 +30,40 @@ LOW_CONFIDENCE = 0.5
 """Mean confidence of the fine-tuned model on the corpus below which its labels are doubted (classification)."""
 
 
-def extract(job: Job) -> dict[str, Any]:
-    """Run the stage; its result: documents, quarantined, label counts, seconds, ..."""
-    endpoints, encoder = job.endpoints, job.encoder
-    target = choose_target(job.spec, endpoints, encoder.label_ids)
-    with session(job.spec.ray, job.verbose):
-        plan = make_plan(job.spec.corpus, job.run)
+@dataclass(frozen=True)
+class Prepared:
+    """What extraction needs to know beforehand; delta (dim,) and its norm are None once the stage is complete."""
+
+    plan: Plan
+    target: Target
+    delta: tuple[npt.NDArray[np.float64], float] | None
+
+
+def prepare(job: Job) -> Prepared:
+    """Find every mistake that can be found without Ray and without loading a model; plan the corpus.
+
+    Raises:
+        UserError: models, labels, layers or corpus are not usable; the run directory is left as it was.
+    """
+    with job.run.unchanged_on_mistake():
+        target = choose_target(job.spec, job.endpoints, job.encoder.label_ids)
+        complete = job.run.exists(f"{STAGES}/{STAGE}.json")
+        delta = None if complete else target.project(job.endpoints)
+        plan = make_plan(job.spec.corpus, job.run, job.progress.counter(STAGE, "documents converted"))
         if job.spec.select.size > plan.n_rows:
             raise UserError(
                 f"select.size is {job.spec.select.size:,} and the corpus has {plan.n_rows:,} documents: "
                 "choose fewer, or give a larger corpus."
             )
-        inputs = _inputs(job, plan)
-        return job.guarded(STAGE, inputs, lambda: _extract(job, plan, target, inputs))
+    return Prepared(plan, target, delta)
+
+
+def extract(job: Job, prepared: Prepared | None = None) -> dict[str, Any]:
+    """Run the stage; its result: documents, quarantined, label counts, seconds, ..."""
+    ready = prepared or prepare(job)
+    with session(job.spec.ray, job.verbose):
+        inputs = _inputs(job, ready.plan)
+        return job.guarded(STAGE, inputs, lambda: _extract(job, ready, inputs), resumes=True)
 
 
 def _inputs(job: Job, plan: Plan) -> dict[str, Any]:
@@ -59,9 +82,10 @@ def _inputs(job: Job, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _extract(job: Job, plan: Plan, target: Target, inputs: dict[str, Any]) -> dict[str, Any]:
+def _extract(job: Job, ready: Prepared, inputs: dict[str, Any]) -> dict[str, Any]:
     _warn_models(job)
-    delta, delta_norm = target.project(job.endpoints)
+    plan, target = ready.plan, ready.target
+    delta, delta_norm = ready.delta or target.project(job.endpoints)
     stamp = fingerprint(inputs)
     shape = StoreShape(len(job.spec.gradients.fractions), plan.n_rows, target.dim, plan.partition_rows)
     about = {"fingerprint": stamp, "projector": target.projector().describe(), "delta_norm": delta_norm}

@@ -30,9 +30,14 @@ class Job:
         self.progress = Progress(self.run, self.quiet)
 
     def guarded(
-        self, stage: str, inputs: dict[str, Any], work: Callable[[], dict[str, Any]]
+        self, stage: str, inputs: dict[str, Any], work: Callable[[], dict[str, Any]], resumes: bool = False
     ) -> dict[str, Any]:
         """Run a stage unless it is complete with equal inputs; its result either way.
+
+        Args:
+            resumes: the stage leaves partial output that a later start goes on from, so its inputs are
+                recorded first. The inputs of other stages are recorded when they succeed: after a mistake
+                they may be mended.
 
         Raises:
             UserError: the run directory holds this stage's output for other inputs.
@@ -40,11 +45,16 @@ class Job:
         if self.run.completed(stage, inputs):
             self.progress.skip(stage)
             return self.run.stage_result(stage)
-        self.run.begin(stage, inputs)
-        self.run.save_spec(self.spec)
+        if resumes:
+            self._record(stage, inputs)
         result = work()
+        self._record(stage, inputs)
         self.run.finish(stage, inputs, result)
         return result
+
+    def _record(self, stage: str, inputs: dict[str, Any]) -> None:
+        self.run.begin(stage, inputs)
+        self.run.save_spec(self.spec)
 
     @functools.cached_property
     def endpoints(self) -> Endpoints:

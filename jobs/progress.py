@@ -6,13 +6,15 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import rich.progress
 from rich.console import Console
 
+from engine.errors import UserError
 from engine.rundir import LOG, RunDir
+from engine.storage import reason
 
 LINE_SECONDS = 15.0
 """Seconds between progress lines where there is no terminal."""
@@ -42,8 +44,11 @@ class Log:
         lines, self._pending = "".join(self._pending), []
         if self._run.local:
             self._run.make()
-            with open(self._run.path(LOG), "a", encoding="utf-8") as file:
-                file.write(lines)
+            try:
+                with open(self._run.path(LOG), "a", encoding="utf-8") as file:
+                    file.write(lines)
+            except OSError as error:
+                raise UserError(f"cannot write {self._run.path(LOG)}: {reason(error)}.") from None
             return
         before = self._run.read_bytes(LOG) if self._run.exists(LOG) else b""
         self._run.write_bytes(LOG, before + lines.encode())
@@ -124,6 +129,19 @@ class Progress:
         """A warning, for the person and the log."""
         self.say(f"warning: {text}")
         self.log.write(stage, "warning", text=text)
+
+    def counter(self, name: str, unit: str) -> Callable[[int], None]:
+        """For work of unknown length: a function that takes the units done so far, and says so now and then."""
+        last = time.monotonic()
+
+        def count(done: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= LINE_SECONDS:
+                last = time.monotonic()
+                self.say(f"{name}: {done:,} {unit}")
+                self.log.write(name, "progress", done=done)
+
+        return count
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Stage]:

@@ -6,10 +6,13 @@ import hashlib
 from typing import Any
 
 import cluster.train
+from cluster.deepspeed_config import deepspeed_config
 from cluster.session import session
 from cluster.train import TrainJob
+from engine.errors import UserError
 from engine.rundir import TRAIN
 from engine.spec import Strategy
+from engine.storage import Folder
 from jobs.job import Job
 from jobs.select import select_for
 from jobs.testset import write_validation
@@ -21,8 +24,17 @@ CODE = 1
 """Raised whenever the same inputs would give other weights."""
 
 
+def check(job: Job) -> None:
+    """Find mistakes in the section before hours of work; UserError names the field."""
+    deepspeed_config(job.spec.retrain, (1, 1), "float32")
+    settings = job.spec.evaluate
+    if job.spec.retrain.early_stopping and not (settings.test and settings.validation_share):
+        raise UserError("retrain.early_stopping needs evaluate.test and a validation_share above 0.")
+
+
 def retrain(job: Job) -> dict[str, Any]:
     """Train all that is missing, one after the other in one group of workers; metrics of each by name."""
+    check(job)
     todo: list[tuple[str, dict[str, Any], TrainJob]] = []
     results: dict[str, Any] = {}
     validation = write_validation(job) if job.spec.retrain.early_stopping else None
@@ -62,7 +74,7 @@ def _prepare(
         base=job.endpoints.base,
         selection=f"{job.run.uri}/{selection}",
         validation=validation and f"{job.run.uri}/{validation}",
-        target=job.run.path(job.run.model_name(strategy, seed)),
+        target=f"{job.run.uri}/{job.run.model_name(strategy, seed)}",
         checkpoints=f"{job.run.uri}/{TRAIN}",
         task=job.spec.task,
         scope=job.spec.loss_scope,
@@ -104,7 +116,13 @@ def _train(job: Job, todo: list[tuple[str, dict[str, Any], TrainJob]]) -> dict[s
             seen[event["job"]] = event["documents"]
             progress.update(sum(seen.values()))
 
-        results = cluster.train.train_many([work for _, _, work in todo], step)
+        try:
+            results = cluster.train.train_many([work for _, _, work in todo], step)
+        except UserError:
+            for stage, _, work in todo:
+                if not Folder(work.target).exists(cluster.train.DONE):
+                    job.run.forget(stage)
+            raise
         progress.update(total)
     for (stage, inputs, _), result in zip(todo, results, strict=True):
         job.run.finish(stage, inputs, result)
