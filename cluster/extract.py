@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -22,7 +22,7 @@ from cluster.session import gpus_per_worker
 from engine.checkpoints import Endpoints
 from engine.corpus import Plan, read_partition
 from engine.encode import Encoder, Ragged
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.gradients import GradientEngine
 from engine.models import load_tokenizer
 from engine.rundir import RunDir
@@ -30,8 +30,19 @@ from engine.spec import Extract, RunSpec
 from engine.store import GradientStore
 from engine.target import Target
 
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.ObjectLostError,
+)
+"""What Ray raises when a worker, or what it held, is gone for good; not what our own code raises in it."""
+
 ENCODE_CPUS = 0.25
 """CPUs an encode task asks for: small, so that it is placed beside actors that hold every whole CPU."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,6 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     gpus = gpus_per_worker(settings.gpus_per_worker)
-    retries = {"max_restarts": -1, "max_task_retries": settings.max_attempts - 1}
     stream = (
         ray.data.from_items([{"partition": p} for p in todo], override_num_blocks=len(todo))
         .map(EncodePartition, fn_constructor_args=(job,), compute=_pool(1, None), num_cpus=ENCODE_CPUS)
@@ -76,18 +86,41 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
             compute=_pool(settings.workers_min, settings.workers_max),
             num_cpus=settings.cpus_per_worker or (1 if gpus else max(0.5, job.threads - 2 * ENCODE_CPUS)),
             num_gpus=gpus or None,
-            ray_remote_args_fn=lambda: retries,
+            max_restarts=-1,
+            max_task_retries=settings.max_attempts - 1,
         )
     )
-    for row in stream.iter_rows():
+    for row in _rows(stream, settings.max_attempts):
         receipt = json.loads(row["receipt"])
         if "error" in receipt:
             raise UserError(receipt["error"])
         on_receipt(receipt)
 
 
+def _rows(stream: ray.data.Dataset, attempts: int) -> Iterator[dict[str, Any]]:
+    """The stream's rows; a partition that took its worker down `attempts` times is one sentence."""
+    try:
+        yield from stream.iter_rows()
+    except LOST as error:
+        raise UserError(
+            f"a partition was lost {attempts} times with its worker, out of memory perhaps ({first_line(error)}): "
+            "lower gradients.tokens_per_batch or extract.workers_max; the same command goes on from here."
+        ) from None
+
+
 def _pool(smallest: int, largest: int | None) -> ActorPoolStrategy:
     return ActorPoolStrategy(min_size=smallest, max_size=largest, max_tasks_in_flight_per_actor=2)
+
+
+def _attempt(work: Callable[[], T], attempts: int) -> T:
+    """The work's result; failing storage is tried again, and at last a UserError like any other mistake."""
+    for last in range(1, attempts + 1):
+        try:
+            return work()
+        except OSError as error:
+            if last == attempts:
+                raise UserError(f"storage failed {attempts} times: {first_line(error)}.") from None
+    raise AssertionError("attempts is at least 1")
 
 
 class EncodePartition:
@@ -95,14 +128,21 @@ class EncodePartition:
 
     def __init__(self, job: ExtractJob) -> None:
         self.job = job
-        self.encoder = _encoder(job)
+        self._encoder: Encoder | None = None
+
+    @property
+    def encoder(self) -> Encoder:
+        """Made at first use: an exception in an actor's constructor would reach the driver as Ray's."""
+        self._encoder = self._encoder or _encoder(self.job)
+        return self._encoder
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """{"partition"} -> tokens, targets, offsets as bytes, and the quarantined as JSON."""
+        partition = int(row["partition"])
         try:
-            return self._encode(int(row["partition"]))
+            return _attempt(lambda: self._encode(partition), self.job.spec.extract.max_attempts)
         except UserError as error:
-            return _packed(int(row["partition"]), None, {"error": str(error)})
+            return _packed(partition, None, {"error": str(error)})
 
     def _encode(self, partition: int) -> dict[str, Any]:
         documents = read_partition(self.job.plan, partition, self.job.spec.corpus)
@@ -121,27 +161,38 @@ class WritePartition:
         import torch
 
         torch.set_num_threads(job.threads)
-        self.job = job
-        endpoints = Endpoints(job.base, job.finetuned)
-        self.engine = GradientEngine(endpoints, _encoder(job), job.target, job.spec, device)
-        self.store = GradientStore.open(RunDir(job.run_uri), writable=True)
+        self.job, self.device = job, device
+        self._ready: tuple[GradientEngine, GradientStore] | None = None
+
+    @property
+    def ready(self) -> tuple[GradientEngine, GradientStore]:
+        """Model and store, loaded at first use for the reason given in `EncodePartition.encoder`."""
+        if self._ready is None:
+            job = self.job
+            endpoints = Endpoints(job.base, job.finetuned, job.spec.models.trust_remote_code)
+            engine = GradientEngine(endpoints, _encoder(job), job.target, job.spec, self.device)
+            self._ready = engine, GradientStore.open(RunDir(job.run_uri), writable=True)
+        return self._ready
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Encoded partition -> its completion record as JSON."""
         about = json.loads(row["about"])
         if "error" in about:
             return {"receipt": row["about"]}
-        partition = int(row["partition"])
-        problems = {int(i): (id_, why) for i, (id_, why) in about["problems"].items()}
         try:
-            gradients = self.engine.run(_unpacked(row))
-            reasons = gradients.problems | {i: why for i, (_, why) in problems.items()}
-            gradients = dataclasses.replace(gradients, problems=reasons)
-            ids = self._ids(partition, reasons, {i: id_ for i, (id_, _) in problems.items()})
-            record = self.store.write(partition, gradients, self.job.fingerprint, ids, about["truncated"])
+            record = _attempt(lambda: self._write(row, about), self.job.spec.extract.max_attempts)
         except UserError as error:
-            return {"receipt": json.dumps({"error": str(error)})}
+            record = {"error": str(error)}
         return {"receipt": json.dumps(record)}
+
+    def _write(self, row: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+        partition, (engine, store) = int(row["partition"]), self.ready
+        problems = {int(i): (id_, why) for i, (id_, why) in about["problems"].items()}
+        gradients = engine.run(_unpacked(row))
+        reasons = gradients.problems | {i: why for i, (_, why) in problems.items()}
+        gradients = dataclasses.replace(gradients, problems=reasons)
+        ids = self._ids(partition, reasons, {i: id_ for i, (id_, _) in problems.items()})
+        return store.write(partition, gradients, self.job.fingerprint, ids, about["truncated"])
 
     def _ids(self, partition: int, problems: dict[int, str], known: dict[int, str]) -> dict[int, str]:
         """Ids of all quarantined documents; read again only when the gradients added some."""

@@ -90,5 +90,6 @@ def _level(verbose: bool) -> int:
 def _quiet(verbose: bool) -> None:
     if not verbose:
         os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ writes to our stderr
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)

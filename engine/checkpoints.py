@@ -17,7 +17,7 @@ import transformers
 from safetensors import safe_open
 
 from engine.errors import UserError
-from engine.models import load_tokenizer, require_safetensors, shards
+from engine.models import load_config, load_tokenizer, require_safetensors, shards
 
 CHUNK_BYTES = 64 << 20
 
@@ -33,13 +33,13 @@ class Endpoints:
         UserError: the models do not match; the message says what differs.
     """
 
-    def __init__(self, base: str, finetuned: str) -> None:
+    def __init__(self, base: str, finetuned: str, trust_remote_code: bool = False) -> None:
         require_safetensors(base)
         require_safetensors(finetuned)
         self.base, self.finetuned = base, finetuned
         self._files = (shards(base), shards(finetuned))
         self._open: dict[str, Any] = {}
-        self.vocab = _check_match(base, finetuned)
+        self.vocab = _check_match(base, finetuned, trust_remote_code)
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -69,6 +69,11 @@ class Endpoints:
             if known is None or known not in self._files[side]:
                 raise UserError(f"{(self.base, self.finetuned)[side]} has no tensor {name}.")
             views.append(self._slice(side, known))
+            if views[-1].get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise UserError(
+                    f"{name} in {(self.base, self.finetuned)[side]} is stored as {views[-1].get_dtype()} "
+                    "(quantised): dequantise the model first."
+                )
         return views[0], views[1]
 
     def delta(
@@ -140,11 +145,9 @@ def _may_be_tied(name: str) -> bool:
     )
 
 
-def _check_match(base: str, finetuned: str) -> int:
+def _check_match(base: str, finetuned: str, trust_remote_code: bool) -> int:
     """Refuse two models of different architecture or tokenizer; the number of shared vocabulary rows."""
-    ours, theirs = (
-        transformers.AutoConfig.from_pretrained(path).get_text_config() for path in (base, finetuned)
-    )
+    ours, theirs = (load_config(path, trust_remote_code).get_text_config() for path in (base, finetuned))
     for field in (
         "model_type",
         "hidden_size",
@@ -155,14 +158,19 @@ def _check_match(base: str, finetuned: str) -> int:
         a, b = getattr(ours, field, None), getattr(theirs, field, None)
         if a != b:
             raise UserError(f"the models do not match: {field} is {a} in {base} and {b} in {finetuned}.")
-    _check_tokenizers(base, finetuned)
+    if ours.tie_word_embeddings < theirs.tie_word_embeddings:
+        raise UserError(
+            f"the models do not match: {base} has an output embedding of its own, {finetuned} ties it to the "
+            "input embedding."
+        )
+    _check_tokenizers(base, finetuned, trust_remote_code)
     return min(int(ours.vocab_size), int(theirs.vocab_size))
 
 
-def _check_tokenizers(base: str, finetuned: str) -> None:
+def _check_tokenizers(base: str, finetuned: str, trust_remote_code: bool) -> None:
     if not os.path.isfile(os.path.join(finetuned, "tokenizer.json")):
         return  # weights alone were published: the base model's tokenizer is used in any case
-    a, b = load_tokenizer(base).get_vocab(), load_tokenizer(finetuned).get_vocab()
+    a, b = (load_tokenizer(path, trust_remote_code).get_vocab() for path in (base, finetuned))
     moved = [token for token, index in a.items() if b.get(token) != index]
     if moved:
         token = min(moved, key=lambda t: a[t])

@@ -9,3 +9,9 @@ class UserError(Exception):
     The command line prints the message alone and exits with code 2, so the message must stand by itself:
     what is wrong, where it was found, and what to do about it.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, without a full stop, to be part of a sentence."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).strip().rstrip(".")

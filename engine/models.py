@@ -6,6 +6,7 @@ becomes one folder of safetensors, so that every later stage maps tensors from d
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 TOKENIZER_HINT = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -77,10 +78,18 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no usable tokenizer in {path}: {_first_line(error)}.") from None
+        raise UserError(f"no usable tokenizer in {path}: {first_line(error)}.") from None
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {path} has no fast version (tokenizer.json); convert it first.")
     return tokenizer
+
+
+def load_config(path: str, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model folder; UserError when it is unreadable or of an unknown architecture."""
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"cannot read the model configuration in {path}: {first_line(error)}.") from None
 
 
 def load_model(
@@ -104,7 +113,7 @@ def load_model(
             attn_implementation="sdpa",
         )
     except (OSError, ValueError, KeyError, SafetensorError, ImportError) as error:
-        raise UserError(f"cannot load the model in {path}: {_first_line(error)}.") from None
+        raise UserError(f"cannot load the model in {path}: {first_line(error)}.") from None
     return model.to(device).eval()
 
 
@@ -186,14 +195,12 @@ def resolve(
     Args:
         source: folder, Hub name, .gguf file, or PEFT adapter (folder or Hub name).
         target: folder to write a converted model to (GGUF dequantised to float32, adapter merged); a
-            finished conversion is used again.
+            finished conversion of the same files is used again.
         base: resolved folder of the base model, for an adapter.
 
     Raises:
         UserError: nothing there, no safetensors, or a broken file.
     """
-    if os.path.isfile(f"{target}/config.json"):
-        return target
     if source.endswith(".gguf"):
         return _from_gguf(source, target)
     folder = os.path.abspath(source) if os.path.isdir(source) else _from_hub(source, revision)
@@ -201,6 +208,25 @@ def resolve(
         return _merge_adapter(folder, target, base, trust_remote_code)
     require_safetensors(folder)
     return folder
+
+
+CONVERTED = "converted.json"
+"""Note in a converted model's folder: what it was made of."""
+
+
+def _origin(files: list[str], base: str | None) -> str:
+    """What a conversion depends on: names, sizes and modification times of its files, and the base's folder."""
+    stats = [(os.path.abspath(file), os.stat(file)) for file in sorted(files)]
+    return json.dumps({"files": [[file, s.st_size, s.st_mtime_ns] for file, s in stats], "base": base})
+
+
+def _converted(target: str, origin: str) -> bool:
+    """Whether `target` is the finished conversion of this very origin."""
+    try:
+        with open(os.path.join(target, CONVERTED), encoding="utf-8") as file:
+            return file.read() == origin
+    except FileNotFoundError:
+        return False
 
 
 def save(
@@ -215,22 +241,31 @@ def save(
     Args:
         state: weights to write instead of the model's own (ZeRO-3 holds them in pieces).
         notes: further text files, name -> contents.
+
+    Raises:
+        UserError: no space or no permission.
     """
     part = f"{target}.part"
     shutil.rmtree(part, ignore_errors=True)
-    # transformers empties the mapping it is given, so it gets a copy
-    model.save_pretrained(part, state_dict=None if state is None else dict(state), safe_serialization=True)
-    tokenizer.save_pretrained(part)
-    for name, text in (notes or {}).items():
-        with open(os.path.join(part, name), "w", encoding="utf-8") as file:
-            file.write(text)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(part, target)
+    try:
+        # transformers empties the mapping it is given, so it gets a copy
+        model.save_pretrained(
+            part, state_dict=None if state is None else dict(state), safe_serialization=True
+        )
+        tokenizer.save_pretrained(part)
+        for name, text in (notes or {}).items():
+            with open(os.path.join(part, name), "w", encoding="utf-8") as file:
+                file.write(text)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(part, target)
+    except (OSError, SafetensorError) as error:  # safetensors has its own type for a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"cannot write the model {target}: {first_line(error)}.") from None
 
 
 def is_quantised(path: str) -> bool:
     """Whether the folder's config says that its weights are quantised, so that Delta is partly noise."""
-    return getattr(transformers.AutoConfig.from_pretrained(path), "quantization_config", None) is not None
+    return getattr(load_config(path), "quantization_config", None) is not None
 
 
 def shards(path: str) -> dict[str, str]:
@@ -243,29 +278,34 @@ def shards(path: str) -> dict[str, str]:
                 with safe_open(file, framework="pt") as tensors:
                     found.update(dict.fromkeys(tensors.keys(), file))
             except (SafetensorError, OSError) as error:
-                raise UserError(f"cannot read {file}: {_first_line(error)}.") from None
+                raise UserError(f"cannot read {file}: {first_line(error)}.") from None
     return found
 
 
 def _from_gguf(source: str, target: str) -> str:
     if not os.path.isfile(source):
         raise UserError(f"GGUF file {source} does not exist.")
+    origin = _origin([source], None)
+    if _converted(target, origin):
+        return target
     folder, name = os.path.split(os.path.abspath(source))
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"cannot read the GGUF file {source}: {_first_line(error)}.") from None
+        raise UserError(f"cannot read the GGUF file {source}: {first_line(error)}.") from None
     # transformers counts the dequantised model as quantised and refuses to save it until told otherwise.
     model.config.quantization_config = None
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    save(model, tokenizer, target)
+    save(model, tokenizer, target, notes={CONVERTED: origin})
     return target
 
 
 def _from_hub(name: str, revision: str | None) -> str:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model folder {name} does not exist.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -274,7 +314,7 @@ def _from_hub(name: str, revision: str | None) -> str:
         return str(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise UserError(
-            f"{name} is no local folder and not to be had from the Hub: {_first_line(error)}."
+            f"{name} is no local folder and not to be had from the Hub: {first_line(error)}."
         ) from None
 
 
@@ -287,18 +327,17 @@ def _merge_adapter(adapter: str, target: str, base: str | None, trust_remote_cod
         from peft import PeftModel
     except ImportError:
         raise UserError(f"{adapter} is a PEFT adapter: pip install 'unbake[adapters]'.") from None
-    if not any(name.endswith(".safetensors") for name in os.listdir(adapter)):
+    files = [os.path.join(adapter, name) for name in os.listdir(adapter) if name.startswith("adapter_")]
+    if not any(name.endswith(".safetensors") for name in files):
         raise UserError(f"the adapter {adapter} has no .safetensors file.")
+    origin = _origin(files, base)
+    if _converted(target, origin):
+        return target
     # Merged in float32 so that Delta = B A is not rounded away before it is measured.
     model = load_model(base, torch.float32, trust_remote_code=trust_remote_code)
     try:
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"the adapter {adapter} does not fit the base model: {_first_line(error)}.") from None
-    save(merged, load_tokenizer(base, trust_remote_code), target)
+    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"the adapter {adapter} does not fit the base model: {first_line(error)}.") from None
+    save(merged, load_tokenizer(base, trust_remote_code), target, notes={CONVERTED: origin})
     return target
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).strip().rstrip(".")

@@ -16,7 +16,7 @@ import transformers
 from engine.checkpoints import Endpoints, embedding_names
 from engine.errors import UserError
 from engine.layers import matching_layers
-from engine.models import find_head
+from engine.models import find_head, load_config
 from engine.projection import LayerShape, Projector, choose_kind, make_projector
 from engine.spec import RunSpec
 
@@ -81,9 +81,7 @@ def choose_target(spec: RunSpec, endpoints: Endpoints, label_ids: list[int]) -> 
     Raises:
         UserError: no such layer, or an exact projection too large to store.
     """
-    config = transformers.AutoConfig.from_pretrained(
-        endpoints.finetuned, trust_remote_code=spec.models.trust_remote_code
-    )
+    config = load_config(endpoints.finetuned, spec.models.trust_remote_code)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
             config, trust_remote_code=spec.models.trust_remote_code

@@ -64,7 +64,7 @@ class Job:
         remote = models.trust_remote_code
         base = resolve(models.base, f"{folder}/base", None, models.base_revision, remote)
         finetuned = resolve(models.finetuned, f"{folder}/finetuned", base, models.finetuned_revision, remote)
-        return Endpoints(base, finetuned)
+        return Endpoints(base, finetuned, remote)
 
     @functools.cached_property
     def model_hashes(self) -> dict[str, str]:
