@@ -158,7 +158,8 @@ def _check_match(base: str, finetuned: str, trust_remote_code: bool) -> int:
         a, b = getattr(ours, field, None), getattr(theirs, field, None)
         if a != b:
             raise UserError(f"the models do not match: {field} is {a} in {base} and {b} in {finetuned}.")
-    if ours.tie_word_embeddings < theirs.tie_word_embeddings:
+    own, tied = (getattr(config, "tie_word_embeddings", False) for config in (ours, theirs))
+    if tied and not own:
         raise UserError(
             f"the models do not match: {base} has an output embedding of its own, {finetuned} ties it to the "
             "input embedding."

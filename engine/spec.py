@@ -6,6 +6,7 @@ grouped by the stage that reads them; a stage's fingerprint is made of the group
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -96,8 +97,8 @@ class Task(Section):
         if self.kind == "classification":
             if len(self.labels) < 2:
                 raise ValueError("task.labels needs at least two label words for classification")
-            if "{text}" not in self.template:
-                raise ValueError("task.template must contain {text}")
+            if self.template.count("{text}") != 1:
+                raise ValueError("task.template must contain {text} once")
             if self.template.rstrip(" ") != self.template:
                 raise ValueError("task.template must not end in a space: the label words bring their own")
             if self.loss_scope not in (None, "last_token"):
@@ -283,7 +284,9 @@ class Ray(Section):
 class RunSpec(Section):
     """One run: two models and a corpus in, the likely training data and a retrained model out."""
 
-    run_dir: str = Field("runs/run", description="where everything is written: a folder or an fsspec URI")
+    run_dir: str = Field(
+        "runs/run", min_length=1, description="where everything is written: a folder or an fsspec URI"
+    )
     models: Models
     corpus: Corpus
     task: Task
@@ -298,6 +301,8 @@ class RunSpec(Section):
     def _across_sections(self) -> RunSpec:
         if self.loss_scope == "response" and self.corpus.response is None:
             raise ValueError("task.loss_scope=response needs corpus.prompt and corpus.response")
+        if self.task.kind == "classification" and self.corpus.prompt is not None:
+            raise ValueError("corpus.prompt and corpus.response are for language_modelling; use corpus.text")
         if self.task.kind == "language_modelling":
             wanted = {self.select.strategy, *self.retrain.strategies}
             balanced = sorted(s for s in wanted if s.endswith("_balanced"))
@@ -360,7 +365,8 @@ def one_sentence(error: ValidationError, where: str) -> str:
     # An unknown field is named before what is missing: it is usually the same field, misspelt.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
-    name = ".".join(str(part) for part in problem["loc"])
+    # Pydantic adds the member of a union that it tried to the field's name.
+    name = ".".join(str(part) for part in problem["loc"] if part not in ("int", "list[float]"))
     if problem["type"] == "extra_forbidden":
         text = f"{where}: unknown field {name}"
     elif problem["type"] == "missing":
@@ -369,6 +375,8 @@ def one_sentence(error: ValidationError, where: str) -> str:
         message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
         text = f"{where}: {name + ': ' if name else ''}{message}"
     else:
-        text = f"{where}: {name}: {problem['msg']} (got {problem.get('input')!r})"
+        text = f"{where}: {name}: {problem['msg']} (got {reprlib.repr(problem.get('input'))})"
+        if problem["type"] == "string_type" and isinstance(problem["input"], bool):
+            text += "; put it in quotes: YAML reads a bare yes, no, on or off as true or false"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{text}{more}."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +22,10 @@ COMMANDS: dict[str, str] = {
 }
 
 
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Storage that is full or closed to us: not a fault of the program, wherever it shows."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 2 a user's mistake, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -35,6 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(command, arguments[1:])
     except UserError as error:
         print(f"unbake {command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"unbake {command}: cannot write{where}: {(error.strerror or str(error)).lower()}.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"\nunbake {command}: interrupted; the same command goes on from here.", file=sys.stderr)
@@ -68,7 +83,7 @@ def _run(command: str, arguments: list[str]) -> int:
     if command == "select":
         _features_options(parser)
     options = vars(parser.parse_args(arguments))
-    if command == "select" and (options.get("features") or options.get("target")):
+    if any(options.get(name) for name in ("features", "target", "out")):
         return _select_features(options)
     spec = read_spec(options)
     if options["print_config"]:
@@ -87,13 +102,16 @@ def _function(command: str) -> Callable[[Any], Any]:
     return getattr(importlib.import_module(f"jobs.{command}"), command)
 
 
-def _features_options(parser: Any) -> None:
+def _features_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("your own gradients, without a run directory")
     group.add_argument("--features", help="(rows, dim) matrix, float16 or float32: .npy or .zarr")
     group.add_argument("--target", help="(dim,) vector: .npy")
-    group.add_argument("--size", help="the same as --select.size")
-    group.add_argument("--strategy", help="the same as --select.strategy")
-    group.add_argument("--out", default="selection.parquet", help="where the selection is written")
+    for name in ("size", "strategy"):
+        same = f"select.{name}"
+        group.add_argument(
+            f"--{name}", dest=same, metavar="V", default=argparse.SUPPRESS, help=f"the same as --{same}"
+        )
+    group.add_argument("--out", help="where the selection is written (default: selection.parquet)")
 
 
 def _select_features(options: dict[str, Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import yaml
@@ -32,9 +33,14 @@ def _add_fields(parser: argparse.ArgumentParser, fields: dict[str, Any], prefix:
         default = (
             "" if field.is_required() else f" (default: {field.get_default(call_default_factory=True)!r})"
         )
-        # Values stay text here: the spec itself is the one place where they are typed and checked.
+        # The spec itself is the one place where values are typed and checked. What is not given is left out
+        # of the options, so that null can be given.
         parser.add_argument(
-            f"--{prefix}{name}", metavar="V", help=f"{field.description or name}{default}".replace("%", "%%")
+            f"--{prefix}{name}",
+            metavar="V",
+            type=_reader(field.annotation),
+            default=argparse.SUPPRESS,
+            help=f"{field.description or name}{default}".replace("%", "%%"),
         )
 
 
@@ -51,27 +57,17 @@ def read_spec(options: dict[str, Any]) -> RunSpec:
         fields = load_yaml_mapping(_read(where), where)
     overridden = False
     for name, value in options.items():
-        if name in RESERVED or value is None:
+        if name in RESERVED:
             continue
-        _put(fields, name.split("."), _value(value), where)
+        _put(fields, name.split("."), value, where)
         overridden = True
     return RunSpec.from_dict(
         fields, f"{where} with overrides" if overridden and options.get("config") else where
     )
 
 
-RESERVED = (
-    "config",
-    "quiet",
-    "verbose",
-    "print_config",
-    "features",
-    "target",
-    "size",
-    "strategy",
-    "out",
-    "rows",
-)
+RESERVED = ("config", "quiet", "verbose", "print_config", "features", "target", "out")
+"""Options that are no fields of the spec."""
 
 
 def _read(path: str) -> str:
@@ -92,12 +88,21 @@ def _put(fields: dict[str, Any], path: list[str], value: Any, where: str) -> Non
     fields[path[-1]] = value
 
 
-def _value(text: Any) -> Any:
-    """An option's text as YAML would read it, so that lists, numbers and null are written as in a spec.
+def _reader(annotation: Any) -> Callable[[str], Any]:
+    """How an option's text is read: text fields take it as it is, `null` where they may be absent."""
+    if annotation is str:
+        return str
+    if annotation == str | None:
+        return lambda text: None if text in ("null", "~") else text
+    return _value
 
-    Numbers such as 1e-4, which YAML 1.1 takes for text, are left to the spec's own conversion.
+
+def _value(text: str) -> Any:
+    """An option's text as YAML would read it, so that lists, mappings and null are written as in a spec.
+
+    Numbers are left to the spec's own conversion: YAML 1.1 takes 1e-4 for text and 010 for eight.
     """
-    if not isinstance(text, str) or not re.match(r"^(\[|\{|null$|~$|\"|'|true$|false$)", text):
+    if not re.match(r"^(\[|\{|null$|~$|\"|'|true$|false$)", text):
         return text
     try:
         return yaml.safe_load(text)

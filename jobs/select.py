@@ -58,19 +58,18 @@ def select_features(features: str, target: str, settings: Select, out: str) -> S
 
 def select_from_options(options: dict[str, Any]) -> None:
     """`unbake select --features X --target t`: validate the few options that matter, select, say what came out."""
-    if not (options.get("features") and options.get("target")):
-        raise UserError("--features and --target belong together: give both.")
-    fields = {
-        key.removeprefix("select."): value
-        for key, value in options.items()
-        if key.startswith("select.") and value is not None
-    }
-    fields |= {key: options[key] for key in ("size", "strategy") if options.get(key) is not None}
-    settings = section_from_fields(Select, fields, "select")
-    selection = select_features(options["features"], options["target"], settings, options["out"])
+    if not (options["features"] and options["target"]):
+        raise UserError("--features, --target and --out belong together: give the first two.")
+    other = [name for name in options if "." in name and not name.startswith("select.")]
+    if other or options["config"]:
+        raise UserError(f"--features needs no run: remove --{other[0] if other else 'config'}.")
+    fields = {key.removeprefix("select."): value for key, value in options.items() if "." in key}
+    settings = section_from_fields(Select, fields, "the command line: select")
+    out = options["out"] or "selection.parquet"
+    selection = select_features(options["features"], options["target"], settings, out)
     print(
         f"{selection.size:,} rows by {selection.strategy}: objective {selection.objective[-1]:.6f}, largest "
-        f"{selection.peak_value:.6f} at {selection.peak_size:,}; written to {options['out']}"
+        f"{selection.peak_value:.6f} at {selection.peak_size:,}; written to {out}"
     )
 
 
