@@ -1,7 +1,9 @@
 """Certified greedy: the picks of exact greedy, at every step, from an index in memory and a few exact rows.
 
-The driver of one or more shards. It keeps the running sum, asks all shards for their best in one round trip
-a pick, and sets them a floor: the best score that the last round's runners-up reach with the new sum.
+The driver of one or more shards. It keeps the running sum and the runners-up of the last pick; the best of
+those with the new sum is its guess for the next pick, and the guess's score a floor that spares the shards
+work. Where round trips cost something it guesses several picks ahead: the shards certify guess after guess
+up to the first that one of them can beat. Guesses change the work, never the picks.
 """
 
 from __future__ import annotations
@@ -19,14 +21,20 @@ from engine.select.baselines import quotas
 from engine.select.journal import Journal
 from engine.select.objective import Bools, Floats, Ints, RowKind, scores, stream, unit_target, vectors
 from engine.select.selection import Certificate, walk
-from engine.select.shard import Found, Request, Shard
+from engine.select.shard import Found, Request, Shard, Step
+
+_POOL = 32  # runners-up kept for guesses
 
 
 class Shards(Protocol):
     """Rows of a store, split among searchers that answer together."""
 
-    def search(self, request: Request) -> list[Found]:
-        """Every shard's answer, in shard order."""
+    @property
+    def ahead(self) -> int:
+        """Picks that one request may ask for at most: more where a round trip costs something."""
+
+    def answer(self, request: Request) -> list[list[Found]]:
+        """Every shard's answers, step by step, in shard order."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,12 @@ class Pick:
 class LocalShards:
     """Shards in this process."""
 
-    def __init__(self, shards: list[Shard]) -> None:
-        self._shards = shards
+    def __init__(self, shards: list[Shard], ahead: int = 1) -> None:
+        self._shards, self.ahead = shards, ahead
 
-    def search(self, request: Request) -> list[Found]:
-        """See `Shards.search`."""
-        return [shard.search(request) for shard in self._shards]
+    def answer(self, request: Request) -> list[list[Found]]:
+        """See `Shards.answer`."""
+        return [shard.answer(request) for shard in self._shards]
 
 
 class Greedy:
@@ -76,7 +84,8 @@ class Greedy:
         self.picks: list[Pick] = []
         self._closed_rows: list[int] = []
         self._closed_labels = [of for of, most in self.quota.items() if most == 0]
-        self._pool: dict[int, Floats] = {}
+        self._pool: dict[int, Floats] = {}  # runners-up of the last pick
+        self._ahead = 1
 
     def run(
         self,
@@ -93,56 +102,77 @@ class Greedy:
             self._restore(journal)
         shards = make_shards() if len(self.picks) < self.size else None
         while shards is not None and len(self.picks) < self.size:
-            pick = self._next(shards)
-            if journal is not None:
-                journal.append(asdict(pick))
-            if progress is not None:
-                progress(len(self.picks), self.size)
+            for pick in self._round(shards):
+                if journal is not None:
+                    journal.append(asdict(pick))
+                if progress is not None:
+                    progress(len(self.picks), self.size)
         if journal is not None:
             journal.flush()
         return self._result()
 
-    def _next(self, shards: Shards) -> Pick:
-        if self.restart and len(self.picks) % self.restart == 0:
-            self.sums = np.zeros_like(self.sums)
-        request = Request(
-            sums=self.sums,
-            floor=self._floor(),
-            closed_rows=np.array(self._closed_rows, np.int64),
-            closed_labels=tuple(self._closed_labels),
-            left=self.size - len(self.picks),
-        )
-        answers = shards.search(request)
+    def _round(self, shards: Shards) -> list[Pick]:
+        """One round trip: the picks of all steps up to the first whose guess was not the best row."""
+        steps = self._steps(min(self._ahead, shards.ahead))
+        closed = np.array(self._closed_rows, np.int64), tuple(self._closed_labels)
         self._closed_rows, self._closed_labels = [], []
-        found = [
-            (-score, row, vector)
-            for answer in answers
+        answers = shards.answer(Request(steps, *closed, left=self.size - len(self.picks)))
+        picks: list[Pick] = []
+        for number, step in enumerate(steps):
+            picks.append(self._accept(step, [answer[number] for answer in answers]))
+            if picks[-1].row != step.guess:
+                break
+        self._ahead = 2 * len(picks) if len(picks) == len(steps) else max(1, len(picks))
+        return picks
+
+    def _steps(self, ahead: int) -> list[Step]:
+        """The present sum with the best row of the pool as guess, then the sum with that row added, and so on."""
+        steps: list[Step] = []
+        pool, sums, done = dict(self._pool), self.sums, len(self.picks)
+        quota = dict(self.quota)
+        while len(steps) < ahead and done + len(steps) < self.size:
+            if self.restart and (done + len(steps)) % self.restart == 0:
+                sums = np.zeros_like(sums)
+            if not pool:
+                return steps or [Step(sums, -1, -np.inf)]
+            rows = np.array(sorted(pool))
+            score = scores(sums, np.stack([pool[row] for row in rows.tolist()]), self.u)
+            best = int(np.argmax(score))
+            steps.append(Step(sums, int(rows[best]), float(score[best])))
+            sums = sums + pool.pop(int(rows[best]))
+            if self.label is not None:
+                of = int(self.label[rows[best]])
+                quota[of] -= 1
+                if quota[of] == 0:  # the next step would have to close a label
+                    break
+        return steps
+
+    def _accept(self, step: Step, found: list[Found]) -> Pick:
+        """The best row of all shards, added to the sum."""
+        kept = {
+            row: (-score, row, vector)
+            for answer in found
             for row, score, vector in zip(
                 answer.rows.tolist(), answer.score.tolist(), answer.vectors, strict=True
             )
-        ]
-        negative, row, vector = min(found, key=lambda item: item[:2])
-        bound = max(answer.bound for answer in answers)
+        }
+        ranked = sorted(kept.values(), key=lambda item: item[:2])
+        negative, row, vector = ranked[0]
+        bound = max(answer.bound for answer in found)
         if not bound < -negative:
             raise RuntimeError(f"pick {len(self.picks)} is not certified: bound {bound}, score {-negative}")
-        self._pool = {other: kept for _, other, kept in found if other != row}
-        self.sums = self.sums + vector
+        self._pool = {other: g for _, other, g in ranked[1 : _POOL + 1]}
+        self.sums = step.sums + vector
         pick = Pick(
             row,
             -negative,
             bound if np.isfinite(bound) else None,
-            sum(answer.compared for answer in answers),
-            sum(answer.rows_read for answer in answers),
-            sum(answer.bytes_read for answer in answers),
+            sum(answer.compared for answer in found),
+            sum(answer.rows_read for answer in found),
+            sum(answer.bytes_read for answer in found),
         )
         self._take(pick)
         return pick
-
-    def _floor(self) -> float:
-        """The best score that a runner-up of the last round, still open, reaches with the present sum."""
-        if not self._pool:
-            return -np.inf
-        return float(scores(self.sums, np.stack(list(self._pool.values())), self.u).max())
 
     def _take(self, pick: Pick) -> None:
         self.picks.append(pick)

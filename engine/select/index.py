@@ -244,7 +244,8 @@ class SubspaceIndex:
     def residual(self, vectors: Floats) -> Floats:
         """What Q leaves of vectors (m, P, d)."""
         rest = vectors.transpose(1, 0, 2)
-        rest = rest - (rest @ self.basis) @ self.basis.transpose(0, 2, 1)
+        for _ in range(2):  # twice, so that what is left is orthogonal to Q to working precision
+            rest = rest - (rest @ self.basis) @ self.basis.transpose(0, 2, 1)
         return rest.transpose(1, 0, 2)
 
 

@@ -1,8 +1,7 @@
-"""One shard of a certified search: the best candidate of a range of rows, proved by bounds and exact rows."""
+"""One shard of a certified search: the best candidate of a range of rows, proved by bounds."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,19 +15,30 @@ from engine.select.objective import Bools, Floats, Ints, RowKind, scores, vector
 _SEEDS = 8  # rows compared first, for a score that rules most others out
 _SAMPLE = 4096  # rows that the basis is taken from
 _DRIFT = 8  # directions added at a time
+_SEEK = 32  # rows of a streaming pass that a random read costs beside the rows of its chunk
+_GROW_ROWS = 5000  # rows of a streaming pass that finding new directions costs
+_KEPT = 9  # best rows that an answer holds; the driver guesses the next picks from them
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pick's question. sums: (P, d), running sums; guess: the row that the driver expects to be picked,
+    -1 for none; floor: the score that it reaches: no shard need name a row below it."""
+
+    sums: Floats
+    guess: int
+    floor: float
 
 
 @dataclass(frozen=True)
 class Request:
-    """One pick's question to every shard.
+    """Questions to every shard in one round trip.
 
-    sums: (P, d) running sums. floor: a score that a candidate known to the driver reaches; a shard need not
-    name a best row below it. closed: rows and labels that were closed since the last request. left: picks
-    still to come, this one included.
+    steps: each supposes that the guesses of the steps before were picked. closed_rows, closed_labels: what
+    was picked or used up since the last request, guesses not included. left: picks still to come.
     """
 
-    sums: Floats
-    floor: float
+    steps: list[Step]
     closed_rows: Ints
     closed_labels: tuple[int, ...]
     left: int
@@ -36,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Found:
-    """A shard's answer: its best rows and the bound on all others.
+    """A shard's answer to one step: its best rows and the bound on all others.
 
     rows (m,), score (m,), vectors (m, P, d): best first, ties by row; the first is the shard's argmax if it
     reaches the floor. bound: no row that was not compared scores more (-inf if none). compared, rows_read,
@@ -51,14 +61,17 @@ class Found:
     rows_read: int
     bytes_read: int
 
+    def beats(self, step: Step) -> bool:
+        """Whether the best row found is to be preferred to the step's guess."""
+        return bool(self.rows.size) and (-self.score[0], self.rows[0]) < (-step.floor, step.guess)
+
 
 class Shard:
-    """Rows start..stop-1 of a store, indexed; answers `search`.
+    """Rows start..stop-1 of a store, indexed; answers `Request`s.
 
     Args:
         eligible: (N,) bool of the whole store. label: (N,) or None.
         index_mb, cache_mb: memory budgets of this shard's index and row cache.
-        runners: rows returned beside the best one, which let the driver set a floor for the next pick.
     """
 
     def __init__(
@@ -72,42 +85,55 @@ class Shard:
         label: npt.NDArray[np.int32] | None,
         index_mb: int,
         cache_mb: int,
-        runners: int = 4,
     ) -> None:
         self.rows, self.start, self.u, self.kind = rows, start, u, kind
         self.open = eligible[start:stop].copy()
         self.label = None if label is None else label[start:stop]
         self.cache = RowCache(rows, start, stop, kind, cache_mb)
-        self.runners = runners
-        self._recent = np.empty(0, np.int64)
+        self._recent, self._guessed = np.empty((2, 0), np.int64)
+        self._top: list[tuple[float, int, Floats]] = []  # (-score, row, vector) of the best rows compared
+        self._best, self._compared = -np.inf, 0
         budget = (index_mb << 20) // (rows.n_checkpoints * (stop - start)) - ROW_BYTES
         size = min(budget // 2 - _DRIFT, max(32, rows.dim // 8))
         self.index = SubspaceIndex(rows, start, stop, kind, u, max(8, min(budget // 2, size + 8 * _DRIFT)))
-        self._spent: list[float] = []  # seconds of comparing, pick by pick, since the index last grew
-        began = time.perf_counter()
+        self._spent: list[int] = []  # work of comparing, step by step, since the index last grew
         if self.open.any():
             self._first_basis(size)
-        self._pass_seconds = time.perf_counter() - began
 
-    def search(self, request: Request) -> Found:
-        """The best open row for `request.sums`, certified.
+    def answer(self, request: Request) -> list[Found]:
+        """Search step by step, up to the first where a row of this shard is better than the guess."""
+        self.open[self._guessed] = True  # until the driver says which guesses came true
+        self._guessed = np.empty(0, np.int64)
+        self._close(request.closed_rows, request.closed_labels)
+        found: list[Found] = []
+        for step in request.steps:
+            found.append(self.search(step))
+            if found[-1].beats(step):
+                break
+            guess = step.guess - self.start
+            if 0 <= guess < self.open.size:
+                self._guessed = np.append(self._guessed, guess)
+                self.open[guess] = False
+        self._grow(request)
+        return found
+
+    def search(self, step: Step) -> Found:
+        """The best open row for the sums of a step, certified.
 
         Every row whose upper bound reaches the best exact score found so far (or the floor) is compared
         exactly, in descending order of bound; when none is left, no other row can win or tie.
         """
-        self._close(request.closed_rows, request.closed_labels)
-        read, nbytes = self.cache.rows_read, self.cache.bytes_read
+        self._top, self._best, self._compared = [], step.floor, 0
         if not self.open.any():
-            empty = np.empty(0)
-            return Found(np.empty(0, np.int64), empty, np.empty((0, *request.sums.shape)), -np.inf, 0, 0, 0)
-        query = self.index.query(request.sums)
+            return Found(
+                np.empty(0, np.int64), np.empty(0), np.empty((0, *step.sums.shape)), -np.inf, 0, 0, 0
+            )
+        read, nbytes, chunks = self.cache.rows_read, self.cache.bytes_read, self.cache.chunks_read
+        query = self.index.query(step.sums)
         stale = self.index.stale(query)
         bound = self.index.fresh(query) if stale is None else stale
         bound[~self.open] = -np.inf
-        self._seen: dict[int, tuple[float, Floats]] = {}
-        self._best = request.floor
-        began = time.perf_counter()
-        self._compare(self._seeds(bound), bound, request.sums)
+        self._compare(self._seeds(bound), bound, step.sums)
         candidates = np.flatnonzero(bound >= self._best)
         if stale is not None:
             bound[candidates] = np.minimum(bound[candidates], self.index.fresh(query, candidates))
@@ -115,20 +141,20 @@ class Shard:
         candidates = candidates[np.argsort(-bound[candidates], kind="stable")]
         size = 2 * _SEEDS
         while candidates.size:
-            self._compare(candidates[:size], bound, request.sums)
+            self._compare(candidates[:size], bound, step.sums)
             candidates = candidates[size:]
             candidates = candidates[bound[candidates] >= self._best]
             size = min(2 * size, BATCH)
-        self._spent.append(time.perf_counter() - began)
-        self._grow(request)
-        top = sorted(self._seen, key=lambda row: (-self._seen[row][0], row))[: 1 + self.runners]
-        self._recent = np.array(top[:_SEEDS], np.int64)
+        self._spent.append(
+            self._compared + (self.cache.chunks_read - chunks) * (_SEEK + self.rows.chunk_rows)
+        )
+        self._recent = np.array([row for _, row, _ in self._top], np.int64)
         return Found(
-            rows=self._recent[: 1 + self.runners] + self.start,
-            score=np.array([self._seen[row][0] for row in top]),
-            vectors=np.stack([self._seen[row][1] for row in top]),
+            rows=self._recent + self.start,
+            score=np.array([-negative for negative, _, _ in self._top]),
+            vectors=np.stack([vector for _, _, vector in self._top]),
             bound=float(bound.max()),
-            compared=len(self._seen),
+            compared=self._compared,
             rows_read=self.cache.rows_read - read,
             bytes_read=self.cache.bytes_read - nbytes,
         )
@@ -144,9 +170,12 @@ class Shard:
     def _compare(self, rows: Ints, bound: Floats, sums: Floats) -> None:
         """Score rows exactly; they leave the candidates (their bound becomes -inf)."""
         g = self.cache.vectors(rows)
-        for row, score, vector in zip(rows.tolist(), scores(sums, g, self.u).tolist(), g, strict=True):
-            self._seen[row] = (score, vector)
-            self._best = max(self._best, score)
+        score = scores(sums, g, self.u)
+        self._compared += rows.size
+        self._best = max(self._best, float(score.max()))
+        best = np.lexsort((rows, -score))[:_KEPT]
+        self._top += [(-float(score[i]), int(rows[i]), g[i]) for i in best]
+        self._top = sorted(self._top, key=lambda item: item[:2])[:_KEPT]
         bound[rows] = -np.inf
 
     def _close(self, rows: Ints, labels: tuple[int, ...]) -> None:
@@ -169,25 +198,25 @@ class Shard:
     def _grow(self, request: Request) -> None:
         """Add the running sum's rest and what the rows compared lately have in common, when that will pay.
 
-        It pays when comparing has taken as long as the pass over the store that growing costs, and would take
-        as long again at its present rate: at worst twice the best that hindsight could do.
+        It pays when comparing has cost as much as the pass over the store that growing takes, and would cost
+        as much again at its present rate: at worst twice the best that hindsight could do. Both are counted
+        in rows, for comparing a row in memory costs about as much as a row of a streaming pass.
         """
-        rate = float(np.mean(self._spent[-8:]))
-        if sum(self._spent) < self._pass_seconds or rate * request.left < self._pass_seconds:
+        cost = self.open.size + _GROW_ROWS
+        if sum(self._spent) < cost or float(np.mean(self._spent[-8:])) * request.left < cost:
             return
         if self.index.size >= self.rows.dim:
             return
-        began = time.perf_counter()
-        rest = self.index.residual(np.concatenate([request.sums[None], self.cache.lately(_SAMPLE // 4)]))
+        rest = self.index.residual(
+            np.concatenate([request.steps[-1].sums[None], self.cache.lately(_SAMPLE // 4)])
+        )
         bases = []
         for j in range(self.rows.n_checkpoints):
-            before = self.index.basis[j, :, : self.index.size]
-            keep = orthonormal(np.concatenate([before, rest[:1, j].T], axis=1))
+            keep = orthonormal(rest[:1, j].T)
             more = leading_directions(rest[1:, j], keep, min(_DRIFT, self.rows.dim - self.index.size) - 1)
-            bases.append(np.concatenate([keep[:, before.shape[1] :], more], axis=1))
+            bases.append(np.concatenate([keep, more], axis=1))
         self.index.extend(np.stack(bases))
         self._spent = []
-        self._pass_seconds = time.perf_counter() - began
 
     def _sample(self) -> Floats:
         """Unit rows (m, P, d) from chunks spread over the shard."""

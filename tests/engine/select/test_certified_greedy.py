@@ -27,19 +27,14 @@ from engine.spec import Select
 from engine.storage import Folder
 
 
-def shards_of(bounds, index_mb=8):
+def shards_of(bounds, ahead=1):
     """A factory of local shards that end at the given rows."""
 
     def make(rows, spec, eligible, label):
         edges = [0, *bounds, rows.n_rows]
         u = unit_target(rows.target)
-        return LocalShards(
-            [
-                Shard(rows, a, b, spec.rows, u, eligible, label, index_mb, 1)
-                for a, b in itertools.pairwise(edges)
-                if b > a
-            ]
-        )
+        ranges = [(a, b) for a, b in itertools.pairwise(edges) if b > a]
+        return LocalShards([Shard(rows, a, b, spec.rows, u, eligible, label, 8, 1) for a, b in ranges], ahead)
 
     return make
 
@@ -95,17 +90,18 @@ cases = st.fixed_dictionaries(
     st.sampled_from(["raw", "unit"]),
     st.sampled_from([0, 0, 1, 5]),
     st.booleans(),
-    st.sampled_from([None, [], [7], [3, 4, 30]]),
+    st.sampled_from([[], [7], [3, 4, 30]]),
+    st.sampled_from([1, 2, 8]),
     st.data(),
 )
-def test_every_pick_and_score_is_that_of_the_exact_greedy(case, kind, restart, balanced, bounds, data):
+def test_every_pick_and_score_is_that_of_the_exact_greedy(case, kind, restart, balanced, bounds, ahead, data):
     rows = hard_rows(**case)
     n = rows.n_rows
     eligible = rows.read(0, n).valid
     label = np.random.default_rng(case["seed"]).integers(0, 3, n).astype(np.int32) if balanced else None
     size = data.draw(st.one_of(st.just(int(eligible.sum())), st.integers(1, int(eligible.sum()))))
     spec = Select(size=size, rows=kind)
-    make = shards_of([b for b in bounds or [] if b < n])
+    make = shards_of([b for b in bounds if b < n], ahead)
     order, certificate = Greedy(rows, eligible, size, kind, restart, label).run(
         lambda: make(rows, spec, eligible, label)
     )
