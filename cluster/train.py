@@ -177,7 +177,7 @@ class Mailbox:
 
 
 @contextmanager
-def _delivered(mailbox: Any, progress: Progress, every: float = 0.5) -> Iterator[None]:
+def _delivered(mailbox: Any, progress: Progress, every: float = 0.2) -> Iterator[None]:
     """Pass the mailbox's events to `progress` while the block runs, and the rest at its end."""
     stop = threading.Event()
 
@@ -257,7 +257,7 @@ def _train_one(job: TrainJob, device: Any, mailbox: Any, began: float) -> None:
             job.base, job.retrain, training.label_rows(encoder), passes, device, job.trust_remote_code
         )
     position = _resume(job, stepper, training.Position())
-    startup = time.time() - began
+    startup, resumed_at = time.time() - began, position.step
 
     def report(event: dict[str, Any]) -> None:
         if stepper.rank == 0:
@@ -279,6 +279,7 @@ def _train_one(job: TrainJob, device: Any, mailbox: Any, began: float) -> None:
         "zero_stage": stepper.stage,
         "trained_parameters": stepper.trained,
         "startup_seconds": startup,
+        "resumed_at": resumed_at,
     }
     if validation is None:
         _export(stepper, tokenizer, job.target, metrics)

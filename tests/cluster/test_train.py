@@ -1,0 +1,232 @@
+"""Training on Ray with DeepSpeed: the plain loop's curve, whole model folders, and what survives a lost worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from cluster.deepspeed_config import deepspeed_config
+from cluster.train import TrainJob, train_many
+from engine.encode import Encoder
+from engine.errors import UserError
+from engine.models import load_model, load_tokenizer, torch_dtype
+from engine.spec import Retrain, Task
+from engine.training import load_examples, train_plain
+
+TASK = Task(labels=tiny.LABELS, max_tokens=32)
+DOCUMENTS = 37
+
+
+def recipe(**changes: object) -> Retrain:
+    """Steps of 8 documents of 37, so that the last step of an epoch has 5: two workers get 3 and 2."""
+    defaults = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "dtype": "float32", "threads": 1}
+    return Retrain(**{**defaults, **changes})
+
+
+def save_documents(path: Path, n: int, seed: int, shift: int = 0) -> str:
+    """n documents with their labels, or wrong ones."""
+    texts, labels = zip(*tiny.sentences(n, seed), strict=True)
+    table = pa.table({"text": list(texts), "label": [(label + shift) % 4 for label in labels]})
+    pq.write_table(table, path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def selection(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_documents(tmp_path_factory.mktemp("documents") / "selection.parquet", DOCUMENTS, 0)
+
+
+def job(base: str, selection: str, folder: Path, name: str, retrain: Retrain, **more: object) -> TrainJob:
+    target, checkpoints = str(folder / name), str(folder / "checkpoints")
+    return TrainJob(name, base, selection, target, checkpoints, TASK, "last_token", retrain, 3, **more)
+
+
+def plain(job: TrainJob) -> tuple[dict, torch.nn.Module]:
+    """The same training by the plain loop."""
+    encoder = Encoder(load_tokenizer(job.base), TASK, "last_token")
+    examples = load_examples(pq.read_table(job.selection), encoder)
+    validation = load_examples(pq.read_table(job.validation), encoder) if job.validation else None
+    model = load_model(job.base, torch_dtype(job.retrain.dtype))
+    result = train_plain(model, examples, job.retrain, job.seed, encoder.label_ids, validation)
+    return result, model
+
+
+def tensors(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(f"{folder}/model.safetensors")
+
+
+def assert_same_weights(a: str, b: str) -> None:
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def assert_follows_the_plain_loop(job: TrainJob, result: dict) -> None:
+    expected, model = plain(job)
+    exact = job.retrain.dtype == "float32"
+    got, want = (np.array([loss for _, loss in r["curve"]]) for r in (result, expected))
+    np.testing.assert_allclose(got, want, atol=1e-5 if exact else 0.1)
+    assert result["documents"] == DOCUMENTS
+    assert result["steps"] == expected["steps"]
+    probe = torch.arange(20)[None]
+    loaded = load_model(job.target, torch_dtype(job.retrain.dtype))
+    with torch.no_grad():
+        difference = (loaded(probe).logits - model(probe).logits).abs().max().item()
+    assert difference < (1e-4 if exact else 1.0)
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight, "tied stays tied"
+    assert "lm_head.weight" not in tensors(job.target)
+    if exact:
+        for epoch, other in zip(result["validation"], expected["validation"], strict=True):
+            assert epoch == pytest.approx(other, rel=1e-4)
+        assert result["best_epoch"] == expected["best_epoch"]
+
+
+@pytest.mark.timeout(300)
+def test_two_workers_follow_the_plain_loop_at_every_zero_stage(
+    ray_session: None, tiny_base: str, selection: str, tmp_path: Path
+) -> None:
+    """One worker group trains one model a case; every exported model has the logits of the plain loop's."""
+    wrong = save_documents(tmp_path / "validation.parquet", 30, 9, shift=1)
+    cases = {
+        "stage0": recipe(workers=2, zero_stage=0),
+        "stage1": recipe(workers=2, zero_stage=1, weight_decay=0.1),
+        "stage2": recipe(workers=2, zero_stage=2, freeze_below=1),
+        "stage3": recipe(workers=2, zero_stage=3, micro_batch_size=3, activation_checkpointing=True),
+        "offload": recipe(workers=2, zero_stage=3, offload_optimizer=True, offload_parameters=True),
+        "best": recipe(workers=2, zero_stage=3, epochs=5, early_stopping=True, checkpoint_steps=0),
+        "bfloat16": recipe(workers=2, zero_stage=2, dtype="auto", learning_rate=1e-3),
+    }
+    jobs = [
+        job(tiny_base, selection, tmp_path, name, retrain, validation=wrong if name == "best" else None)
+        for name, retrain in cases.items()
+    ]
+    events: list[dict] = []
+    results = train_many(jobs, events.append)
+    for one, result in zip(jobs, results, strict=True):
+        assert_follows_the_plain_loop(one, result)
+        last = [event for event in events if event["job"] == one.name][-1]
+        assert last["step"] == last["steps"] == result["steps"]
+        assert last["documents"] == DOCUMENTS * one.retrain.epochs
+    assert results[5]["best_epoch"] < len(results[5]["validation"]) - 1, (
+        "with wrong labels more epochs are worse"
+    )
+    base, frozen = tensors(tiny_base), tensors(jobs[2].target)
+    lower = [name for name in base if ".layers.0." in name]
+    assert lower
+    assert all(torch.equal(base[name], frozen[name]) for name in lower)
+    assert os.listdir(tmp_path / "checkpoints") == [], "nothing is left of finished trainings"
+
+    began = time.perf_counter()
+    assert train_many(jobs) == results, "finished targets are not trained again"
+    assert time.perf_counter() - began < 1
+
+
+@pytest.mark.timeout(300)
+def test_one_worker_follows_the_plain_loop_and_a_bad_job_is_one_sentence(
+    ray_session: None, tiny_base: str, selection: str, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (broken / name).write_bytes((Path(tiny_base) / name).read_bytes())
+    (broken / "model.safetensors").write_bytes(b"no tensors")
+    good = job(tiny_base, selection, tmp_path, "good", recipe())
+    bad = job(str(broken), selection, tmp_path, "bad", recipe())
+    with pytest.raises(UserError, match=r"^bad: cannot load the model in .*broken"):
+        train_many([good, bad])
+    assert not os.path.exists(bad.target)
+    with open(f"{good.target}/training.json") as file:
+        assert_follows_the_plain_loop(good, json.load(file))
+
+
+@pytest.mark.timeout(300)
+def test_a_lost_worker_is_replaced_and_the_weights_are_those_of_an_undisturbed_training(
+    ray_session: None, tiny_base: str, selection: str, tmp_path: Path
+) -> None:
+    retrain = recipe(workers=2, zero_stage=2, epochs=60, checkpoint_steps=50, learning_rate=1e-3)
+    disturbed = job(tiny_base, selection, tmp_path, "disturbed", retrain)
+    undisturbed = job(tiny_base, selection, tmp_path, "undisturbed", retrain)
+    killed: list[int] = []
+
+    def kill_one(event: dict) -> None:
+        if not killed and 60 <= event["step"] < 250:
+            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
+            killed.append(workers[-1].pid)
+            workers[-1].kill()
+
+    result, other = train_many([disturbed, undisturbed], kill_one)
+    assert killed, "the training was over before a worker could be killed"
+    assert result["resumed_at"] >= 50, "it went on from a checkpoint"
+    assert other["resumed_at"] == 0
+    assert result["curve"] == other["curve"]
+    assert_same_weights(disturbed.target, undisturbed.target)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_second_call_goes_on_after_the_drivers_death(
+    ray_session: None, tiny_base: str, selection: str, tmp_path: Path
+) -> None:
+    """The driver kills itself during the training; its successor resumes, and ends at the same weights."""
+    script = """
+        import os, signal, sys, tempfile
+        import ray, tiny
+        from test_train import job, recipe
+        from pathlib import Path
+        from cluster.train import train_many
+        ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=200 << 20,
+                 _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        base, selection, folder = sys.argv[1:]
+        retrain = recipe(epochs=200, checkpoint_steps=40, learning_rate=1e-3)
+        def die(event):
+            if event["step"] >= 60:
+                os.kill(os.getpid(), signal.SIGKILL)
+        train_many([job(base, selection, Path(folder), "interrupted", retrain)], die)
+    """
+    here = os.path.dirname(__file__)
+    paths = [here, os.path.dirname(here), os.path.dirname(os.path.dirname(here))]
+    arguments = [sys.executable, "-c", textwrap.dedent(script), tiny_base, selection, str(tmp_path)]
+    ended = subprocess.run(arguments, env={**os.environ, "PYTHONPATH": ":".join(paths)}, timeout=200)
+    assert ended.returncode == -9
+    retrain = recipe(epochs=200, checkpoint_steps=40, learning_rate=1e-3)
+    interrupted = job(tiny_base, selection, tmp_path, "interrupted", retrain)
+    assert not os.path.exists(interrupted.target)
+    (result,) = train_many([interrupted])
+    assert result["resumed_at"] >= 40
+    undisturbed = job(tiny_base, selection, tmp_path, "undisturbed", retrain)
+    (other,) = train_many([undisturbed])
+    assert result["curve"] == other["curve"]
+    assert_same_weights(interrupted.target, undisturbed.target)
+
+
+def test_the_users_deepspeed_block_is_merged_and_may_not_contradict_the_spec() -> None:
+    config = deepspeed_config(
+        recipe(zero_stage=2, deepspeed={"zero_optimization": {"overlap_comm": False}}), (2, 4), "bfloat16"
+    )
+    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["bf16"] == {"enabled": True}
+    for block, field in [
+        ({"zero_optimization": {"stage": 3}}, "zero_stage"),
+        ({"bf16": {"enabled": False}}, "dtype"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer"),
+        ({"gradient_clipping": 0.5}, "max_grad_norm"),
+    ]:
+        with pytest.raises(UserError, match=f"which retrain.{field} decides"):
+            deepspeed_config(recipe(deepspeed=block), (1, 8), "float32")
