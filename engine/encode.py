@@ -87,6 +87,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, task: Task, scope: LossScope) -> None:
         self.tokenizer, self.task, self.scope = tokenizer, task, scope
+        tokenizer.truncation_side = "right"  # some tokenizers come with "left"
         self.label_ids: list[int] = label_token_ids(tokenizer, task.labels) if task.labels else []
 
     def encode(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Ragged:
@@ -116,15 +117,15 @@ class Encoder:
     def _language_model(self, texts: Sequence[str], prompts: Sequence[str] | None) -> Ragged:
         limit = self.task.max_tokens
         if prompts is None:
-            documents = [ids[:limit] for ids in self._ids(texts, special=True)]
+            documents = self._ids(texts, special=True, limit=limit)
             starts = [1] * len(documents)
         else:
-            heads = self._ids(prompts, special=True)
-            tails = self._ids(texts, special=False)
+            heads = self._ids(prompts, special=True, limit=limit)
+            tails = self._ids(texts, special=False, limit=limit)
             documents = [
                 np.concatenate([head, tail])[:limit] for head, tail in zip(heads, tails, strict=True)
             ]
-            starts = [max(1, len(head)) for head in heads]
+            starts = [max(1, len(head)) if self.scope == "response" else 1 for head in heads]
         targets = [_next_tokens(ids, start, self.scope) for ids, start in zip(documents, starts, strict=True)]
         return _ragged(documents, targets)
 
@@ -145,17 +146,22 @@ class Encoder:
             pieces.append(text if len(offsets) <= limit else text[: offsets[limit - 1][1]])
         return pieces
 
-    def _ids(self, texts: Sequence[str], special: bool) -> list[npt.NDArray[np.int32]]:
+    def _ids(
+        self, texts: Sequence[str], special: bool, limit: int | None = None
+    ) -> list[npt.NDArray[np.int32]]:
+        """Token ids, at most `limit`, without an end mark that the tokenizer adds by itself."""
         if not texts:
             return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]
+        # One token more than the limit: the tokenizer makes room for the end mark, which goes.
+        cut = {} if limit is None else {"truncation": True, "max_length": limit + 1}
+        encoded = self.tokenizer(list(texts), add_special_tokens=special, **cut)["input_ids"]
         end = self.tokenizer.eos_token_id if special else None
         documents = []
         for ids in encoded:
             array = np.asarray(ids, np.int32)
             if len(array) > 1 and array[-1] == end:
-                array = array[:-1]  # an end mark that the tokenizer adds is not part of the document
-            documents.append(array)
+                array = array[:-1]
+            documents.append(array[:limit])
         return documents
 
 
