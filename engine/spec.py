@@ -321,7 +321,10 @@ class RunSpec(Section):
 
     def to_yaml(self) -> str:
         """The resolved spec; `from_yaml` of it is equal to self."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        fields = self.model_dump(mode="json")
+        text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+        # PyYAML writes some line separators in a way that it does not read back; escaped, it reads them all.
+        return text if yaml.safe_load(text) == fields else yaml.safe_dump(fields, sort_keys=False)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any], where: str = "the spec") -> RunSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
@@ -153,6 +153,7 @@ def ragged_of(rows: list[list[int]]) -> Ragged:
     return Ragged(flat, (flat + 1).astype(np.int32), np.cumsum([0, *map(len, rows)]).astype(np.int64))
 
 
+@settings(deadline=None)
 @given(documents, st.integers(1, 60))
 def test_batches_hold_every_document_once_within_the_budget(rows: list[list[int]], budget: int) -> None:
     lengths = ragged_of(rows).lengths
@@ -163,6 +164,7 @@ def test_batches_hold_every_document_once_within_the_budget(rows: list[list[int]
     assert (np.diff([lengths[group].max() for group in groups]) <= 0).all()
 
 
+@settings(deadline=None)
 @given(documents, st.data())
 def test_padding_moves_no_token(rows: list[list[int]], data: st.DataObject) -> None:
     members = np.array(data.draw(st.permutations(range(len(rows)))), np.int64)
@@ -175,6 +177,7 @@ def test_padding_moves_no_token(rows: list[list[int]], data: st.DataObject) -> N
     assert batch.lengths.tolist() == [len(rows[i]) for i in members]
 
 
+@settings(deadline=None)
 @given(documents, st.data())
 def test_silenced_documents_keep_their_place_and_lose_their_loss(
     rows: list[list[int]], data: st.DataObject
