@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 
 import ray
+from ray.util.annotations import RayDeprecationWarning
 
 from engine.errors import UserError
 from engine.spec import Ray
@@ -71,16 +73,31 @@ def worker_env() -> dict[str, dict[str, str]]:
 
 
 def _start_local(settings: Ray, verbose: bool) -> None:
-    ray.init(
-        address="local",
-        num_cpus=settings.num_cpus,
-        num_gpus=settings.num_gpus,
-        include_dashboard=False,
-        log_to_driver=verbose,
-        logging_level=_level(verbose),
-        object_store_memory=settings.object_store_mb << 20,
-        runtime_env=worker_env(),
-    )
+    with contextlib.nullcontext() if verbose else _without_stderr():
+        ray.init(
+            address="local",
+            num_cpus=settings.num_cpus,
+            num_gpus=settings.num_gpus,
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=_level(verbose),
+            object_store_memory=settings.object_store_mb << 20,
+            runtime_env=worker_env(),
+        )
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Close the process's stderr to Ray's C++ while it starts: it announces its own log level there."""
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def _level(verbose: bool) -> int:
@@ -91,5 +108,7 @@ def _quiet(verbose: bool) -> None:
     if not verbose:
         os.environ.setdefault("RAY_DEDUP_LOGS", "1")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ writes to our stderr
+        # The replacement it names does not exist for max_restarts and max_task_retries (Ray 2.60).
+        warnings.filterwarnings("ignore", category=RayDeprecationWarning, message=".*ray_remote_args")
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -34,7 +34,7 @@ SEED_PACKAGES = (
     "stdlib", "numpy", "torch", "transformers", "ray", "deepspeed", "zarr", "pydantic", "fontTools",
     "huggingface_hub", "accelerate", "datasets",
 )  # fmt: skip
-HIDDEN, TEST, SEED = 250, 150, 300
+HIDDEN, TEST, SEED = 160, 100, 200
 """Documents of each library in the hidden set and in the test set; of each package in the seed corpus."""
 
 FINE_TUNE_EPOCHS = 2
@@ -78,9 +78,9 @@ def demo_spec(folder: Path) -> RunSpec:
                 "labels": list(LABELS.values()),
                 "display_names": list(LABELS),
                 "template": "{text}\nTopic:",
-                "max_tokens": 40,
+                "max_tokens": 28,
             },
-            "select": {"strategy": "greedy", "size": 300},
+            "select": {"strategy": "greedy", "size": 160},
             "retrain": {
                 "strategies": ["random", "topk", "greedy"],
                 "seeds": [0, 1],
@@ -89,7 +89,7 @@ def demo_spec(folder: Path) -> RunSpec:
                 "freeze_below": FREEZE_BELOW,
                 "checkpoint_steps": 0,
             },
-            "evaluate": {"test": [str(folder / "data/test.jsonl")], "validation_share": 0.2},
+            "evaluate": {"test": [str(folder / "data/test.jsonl")], "validation_share": 0.0},
         }
     )
 

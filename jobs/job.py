@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import transformers
+
 from engine.checkpoints import Endpoints
 from engine.encode import Encoder
 from engine.models import load_tokenizer, resolve
@@ -26,6 +28,7 @@ class Job:
     verbose: bool = False
 
     def __post_init__(self) -> None:
+        transformers.utils.logging.disable_progress_bar()
         self.run = RunDir(self.spec.run_dir)
         self.progress = Progress(self.run, self.quiet)
 
