@@ -8,6 +8,7 @@ counts as written only when its completion record exists: Zarr reads missing chu
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 from collections.abc import Iterator
@@ -155,11 +156,16 @@ class GradientStore:
         return records
 
     def _present(self) -> set[int]:
-        """Partitions of which every column has its object; one listing a column, and one a checkpoint."""
-        folders = [f"features/c/{j}" for j in range(self.n_checkpoints)]
-        folders += [f"{name}/c/0" for name in PER_CHECKPOINT] + [f"{name}/c" for name in PER_DOCUMENT]
-        found = [set(self.run.names(f"{STORE}/{folder}")) for folder in folders]
-        return {int(name) for name in set.intersection(*found) if name.isdigit()}
+        """Partitions of which every column has its objects, by one listing of the store."""
+        found: collections.Counter[int] = collections.Counter()
+        for path in self.run.walk(STORE):
+            _, name, *key = path.split("/")  # e.g. gradients.zarr/features/c/<checkpoint>/<partition>/0
+            if name in PER_DOCUMENT and len(key) == 2:
+                found[int(key[1])] += 1
+            elif (name == "features" or name in PER_CHECKPOINT) and len(key) > 2:
+                found[int(key[2])] += 1
+        whole = self.n_checkpoints + len(PER_CHECKPOINT) + len(PER_DOCUMENT)
+        return {partition for partition, objects in found.items() if objects == whole}
 
     def column(self, name: str, checkpoint: int | None = None) -> npt.NDArray[Any]:
         """A whole column: (N,), or (P, N) for per-checkpoint columns unless one checkpoint is asked for."""
