@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import UserError, first_line
@@ -88,7 +89,7 @@ def load_config(path: str, trust_remote_code: bool = False) -> Any:
     """The configuration of a model folder; UserError when it is unreadable or of an unknown architecture."""
     try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise UserError(f"cannot read the model configuration in {path}: {first_line(error)}.") from None
 
 
@@ -104,6 +105,7 @@ def load_model(
         UserError: no config, no safetensors, a corrupt file, or an architecture transformers does not know.
     """
     require_safetensors(path)
+    load_config(path, trust_remote_code)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path,
