@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from engine.rows import RowBlock, Rows
 from engine.select.objective import Floats, Ints, RowKind, norms, stream
@@ -30,7 +29,8 @@ ROW_BYTES = 28
 
 _SINGLE, _DOUBLE = 2.0**-24, 2.0**-53  # unit roundoffs
 _BOUND_ROWS = 1 << 15  # rows bounded at once, so that their numbers stay in the core's cache
-_COORDS = 1 << 19  # coordinates converted to float32 at once, likewise
+_COORDS = 1 << 17  # coordinates converted to float32 at once, likewise
+_UNIT = 2.0**-15  # of the coordinates zq, kept as int16
 _STALE_SHARE = 4  # a row gathered costs about as much as this many rows in sequence
 
 
@@ -38,15 +38,15 @@ _STALE_SHARE = 4  # a row gathered costs about as much as this many rows in sequ
 class Query:
     """A running sum as the index sees it, per checkpoint.
 
-    unit: (P, d) s; norm: (P,) of the sum itself; cosine: cos(s, u); weights: (P, r) float32, Q^T s; inside,
-    outside, slack: (P,), ||w||, ||s'|| and the rounding of zq.w; turn, drift: (P,), a and ||b|| of the stale
-    stage.
+    unit: (P, d) s; norm: (P,) of the sum itself; cosine: cos(s, u); weights: (P, r) float32, Q^T s in zq's
+    unit; inside, outside, slack: (P,), ||w||, ||s'|| and the rounding of zq.w; turn, drift: (P,), a and ||b||
+    of the stale stage.
     """
 
     unit: Floats
     norm: Floats
     cosine: Floats
-    weights: torch.Tensor
+    weights: npt.NDArray[np.float32]
     inside: Floats
     outside: Floats
     slack: Floats
@@ -70,11 +70,9 @@ class SubspaceIndex:
         self.basis = np.zeros((p, rows.dim, self.capacity))
         self.skew = np.zeros(p)  # ||Q^T Q - I||
         self._weights = np.zeros((p, self.capacity))  # Q^T s of the last query
-        self._nu = torch.zeros((p, n), dtype=torch.float64)
-        self._coords = torch.zeros((p, n, self.capacity), dtype=torch.float16)
-        self._alpha, self._q, self._rho, self._stale, self._radius = torch.zeros(
-            (5, p, n), dtype=torch.float32
-        )
+        self._nu = np.zeros((p, n))
+        self._coords = np.zeros((p, n, self.capacity), np.int16)
+        self._alpha, self._q, self._rho, self._stale, self._radius = np.zeros((5, p, n), np.float32)
         self._stale_sum: Floats | None = None
         self._gathered = 0
         # Covers every float64 error on unit quantities: sums of d products and a few operations after them.
@@ -89,8 +87,8 @@ class SubspaceIndex:
         """Add columns to Q by one streaming pass; where capacity ends they replace those that s uses least.
 
         Args:
-            directions: (P, d, m), roughly orthonormal to one another and to Q's columns; at most a quarter
-                of the capacity is replaced, the rest of them is left out.
+            directions: (P, d, m), orthonormal to one another and to Q's columns (`complement`); at most a
+                quarter of the capacity is replaced, the rest of them is left out.
         """
         free = self.capacity - self.size
         directions = directions[:, :, : max(free, self.capacity // 4, 1)]
@@ -125,33 +123,32 @@ class SubspaceIndex:
         z *= np.divide(np.sign(scale), length, out=np.zeros_like(length), where=live)[:, None]
         if first:
             nu = length * np.abs(scale) if self.kind == "raw" else live * 1.0
-            self._nu[j, part] = torch.from_numpy(nu)
-            self._alpha[j, part] = torch.from_numpy(z[:, -1])
-            self._rho[j, part] = torch.from_numpy(live * 1.0)
+            self._nu[j, part], self._alpha[j, part], self._rho[j, part] = nu, z[:, -1], live
             z = z[:, :-1]
         return z
 
     def _replace(self, j: int, part: slice, columns: Ints, replaced: Ints, z: Floats, wrong: float) -> None:
         """Store coordinates and update q and rho.
 
-        Exactly, e loses Q z and keeps what rounding z to float16 lost; a replaced column gives its part back.
+        Exactly, e loses Q z and keeps what rounding z to int16 lost; a replaced column gives its part back.
         `wrong` bounds the error of z and the skew of Q, each of which enters a square a few times at most.
         """
         q, rho2 = (
-            self._q[j, part].numpy().astype(np.float64),
-            self._rho[j, part].numpy().astype(np.float64) ** 2,
+            self._q[j, part].astype(np.float64),
+            self._rho[j, part].astype(np.float64) ** 2,
         )
-        live = self._nu[j, part].numpy() > 0
+        live = self._nu[j, part] > 0
         if replaced.size:
-            old = self._coords[j, part][:, replaced].double().numpy()
+            old = self._coords[j][part][:, replaced] * _UNIT
             back = np.sqrt(np.einsum("nr,nr->n", old, old))
             rho2 = rho2 + back * (2 * q + back)
-        half = z.astype(np.float16)
-        lost2 = np.einsum("nr,nr->n", z - half, z - half)
+        coords = np.clip(np.rint(z / _UNIT), -32767, 32767).astype(np.int16)
+        lost = z - coords * _UNIT
+        lost2 = np.einsum("nr,nr->n", lost, lost)
         rho2 = np.maximum(rho2 - np.einsum("nr,nr->n", z, z) + lost2, 0)
-        self._coords[j, part, columns] = torch.from_numpy(half)
-        self._q[j, part] = torch.from_numpy(_up((np.sqrt(q * q + lost2) + 2 * wrong) * live))
-        self._rho[j, part] = torch.from_numpy(_up(np.sqrt(rho2 + 16 * wrong) * live))
+        self._coords[j][part, columns] = coords
+        self._q[j, part] = _up((np.sqrt(q * q + lost2) + 2 * wrong) * live)
+        self._rho[j, part] = _up(np.sqrt(rho2 + 16 * wrong) * live)
 
     def query(self, sums: Floats) -> Query:
         """Prepare bounds for candidates added to sums (P, d)."""
@@ -166,7 +163,7 @@ class SubspaceIndex:
         stale = unit if self._stale_sum is None else self._stale_sum
         turn = np.einsum("pd,pd->p", unit, stale)
         drift = _length(unit - turn[:, None] * stale) + 4 * _SINGLE
-        weights = torch.from_numpy(w.astype(np.float32))
+        weights = w.astype(np.float32) * np.float32(_UNIT)
         return Query(
             unit, norm, unit @ self.u, weights, inside + wrong, _length(rest) + wrong, slack, turn, drift
         )
@@ -187,59 +184,62 @@ class SubspaceIndex:
         return result
 
     def _bounds(self, query: Query, rows: Ints | None, fresh: bool) -> Floats:
-        count = self._nu.shape[1] if rows is None else rows.size
-        out = torch.empty(count, dtype=torch.float64)
-        for low in range(0, count, _BOUND_ROWS):
-            high = min(low + _BOUND_ROWS, count)
-            part = slice(low, high) if rows is None else torch.from_numpy(rows[low:high])
-            total = out[low:high].zero_()
+        out = np.empty(self._nu.shape[1] if rows is None else rows.size)
+        for low in range(0, out.size, _BOUND_ROWS):
+            at = slice(low, min(low + _BOUND_ROWS, out.size))
+            part = at if rows is None else rows[at]
+            total = np.zeros(at.stop - low)
             for j in range(self._nu.shape[0]):
                 if fresh:
                     along, radius = self._fresh_cosine(query, j, part)
                     if rows is None:
-                        self._stale[j, part] = along
-                        self._radius[j, part] = radius * (1 + 4 * _SINGLE)
+                        self._stale[j, part], self._radius[j, part] = along, _up(radius)
                 else:
-                    along = self._stale[j, part] * float(query.turn[j])
-                    radius = self._radius[j, part] * abs(float(query.turn[j])) + float(query.drift[j])
-                total += self._score_bound(query, j, part, along.double(), radius.double())
-            total /= self._nu.shape[0]
-        return np.asarray(out.add_(self.margin).numpy())
+                    along = self._stale[j, part].astype(np.float64) * query.turn[j]
+                    radius = self._radius[j, part].astype(np.float64) * abs(query.turn[j]) + query.drift[j]
+                total += self._score_bound(query, j, part, along, radius)
+            out[at] = total / self._nu.shape[0] + self.margin
+        return out
 
-    def _fresh_cosine(
-        self, query: Query, j: int, part: slice | torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """h.s_j of some rows and the radius that it is certain to, float32."""
-        rows = torch.arange(part.start, part.stop) if isinstance(part, slice) else part
-        along, step = torch.empty(rows.shape[0]), max(1, _COORDS // self.capacity)
-        for low in range(0, rows.shape[0], step):
-            at = slice(low, low + step)
-            source = (
-                slice(part.start + low, min(part.start + low + step, part.stop))
-                if isinstance(part, slice)
-                else rows[at]
-            )
-            torch.mv(self._coords[j][source].float(), query.weights[j], out=along[at])
-        radius = self._q[j][part] * float(query.inside[j]) + self._rho[j][part] * float(query.outside[j])
-        return along, radius.mul_(1 + 8 * _SINGLE).add_(float(query.slack[j]))
+    def _fresh_cosine(self, query: Query, j: int, part: slice | Ints) -> tuple[Floats, Floats]:
+        """h.s_j of some rows and the radius within which it is certain."""
+        coords = self._coords[j][part]  # a view of a slice, a copy of chosen rows
+        along, step = np.empty(coords.shape[0]), max(1, _COORDS // self.capacity)
+        for low in range(0, along.size, step):
+            along[low : low + step] = coords[low : low + step].astype(np.float32) @ query.weights[j]
+        q, rho = self._q[j, part].astype(np.float64), self._rho[j, part].astype(np.float64)
+        return along, q * query.inside[j] + rho * query.outside[j] + query.slack[j]
 
-    def _score_bound(
-        self, query: Query, j: int, part: slice | torch.Tensor, along: torch.Tensor, radius: torch.Tensor
-    ) -> torch.Tensor:
+    def _score_bound(self, query: Query, j: int, part: slice | Ints, along: Floats, radius: Floats) -> Floats:
         """Upper bounds on cos(s_j + g_ij, u) when h.s is along +- radius.
 
         With q = ||g|| / (||s|| + ||g||) and p = 1 - q the score is
         ``(p cos(s, u) + q alpha) / sqrt(1 - 2 p q (1 - h.s))``, which no norm over- or underflows.
         """
-        cosine, norm, nu = float(query.cosine[j]), float(query.norm[j]), self._nu[j][part]
-        q = nu / (nu + norm) if norm > 0 else (nu > 0).double()
-        numerator = (self._alpha[j][part].double() + (_SINGLE - cosine)).mul_(q).add_(cosine + self.margin)
+        cosine, norm, nu = query.cosine[j], query.norm[j], self._nu[j, part]
+        q = nu / (nu + norm) if norm > 0 else (nu > 0).astype(np.float64)
+        numerator = (self._alpha[j, part].astype(np.float64) + (_SINGLE - cosine)) * q + (
+            cosine + self.margin
+        )
         # The smallest denominator bounds a score that is positive, the largest one that is negative.
-        worst = along.sub_(torch.copysign(radius, numerator)).clamp_(-1, 1)
-        square = worst.sub_(1).mul_(q.mul(1 - q).mul_(2)).add_(1)
-        square.sub_(torch.copysign(torch.full((), self.margin, dtype=torch.float64), numerator))
-        score = numerator.div_(square.sqrt_())
-        return torch.nan_to_num_(score, nan=1.0, posinf=1.0, neginf=1.0).clamp_(max=1.0)
+        worst = np.clip(along - np.copysign(radius, numerator), -1, 1)
+        square = 1 + (worst - 1) * (2 * q * (1 - q)) - np.copysign(self.margin, numerator)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            score = numerator / np.sqrt(square)
+        return np.where(square > 0, np.minimum(score, 1.0), 1.0)
+
+    def complement(self, directions: Floats) -> Floats:
+        """Orthonormal directions (P, d, m) outside Q's span, of what Q leaves of the given ones; m <= d - r.
+
+        A direction that Q spans already is replaced by a random one.
+        """
+        x, noise = directions, np.random.default_rng(0).normal(size=directions.shape)
+        for _ in range(3):
+            length = np.linalg.norm(x, axis=1, keepdims=True)
+            x = np.where(length > 0, x / np.where(length > 0, length, 1), noise)
+            rest = self.residual(x.transpose(2, 0, 1)).transpose(1, 2, 0)
+            x = np.linalg.qr(np.where(np.linalg.norm(rest, axis=1, keepdims=True) > 1e-6, rest, noise))[0]
+        return x
 
     def residual(self, vectors: Floats) -> Floats:
         """What Q leaves of vectors (m, P, d)."""

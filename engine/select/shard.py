@@ -215,7 +215,7 @@ class Shard:
             keep = orthonormal(rest[:1, j].T)
             more = leading_directions(rest[1:, j], keep, min(_DRIFT, self.rows.dim - self.index.size) - 1)
             bases.append(np.concatenate([keep, more], axis=1))
-        self.index.extend(np.stack(bases))
+        self.index.extend(self.index.complement(np.stack(bases)))
         self._spent = []
 
     def _sample(self) -> Floats:
