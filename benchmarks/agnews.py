@@ -1,11 +1,12 @@
 """AG News, the paper's first task, at the size of two CPU cores: does greedy find better documents than random?
 
 SmolLM2-135M-Instruct (dequantised from Q4_1) is fine-tuned on AG News, then recovered from a seed corpus of
-wikitext, Brown and ABC news that holds no AG News: 500 documents a strategy, retrained from the base model
+wikitext, Brown and ABC news that holds no AG News: a few hundred documents a strategy, retrained from the base model
 under paired seeds, judged on the test share.
 
-    .venv/bin/python benchmarks/agnews.py --json runs/agnews.json        # the table of docs/results.md
-    .venv/bin/python benchmarks/agnews.py --quick                        # minutes; plumbing, not evidence
+    .venv/bin/python benchmarks/agnews.py --json runs/agnews.json   # the table of docs/results.md
+    .venv/bin/python benchmarks/agnews.py --full                    # all documents, five seeds: hours
+    .venv/bin/python benchmarks/agnews.py --quick                   # under three minutes; plumbing, not evidence
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.models import resolve
@@ -35,23 +35,12 @@ from jobs.recover import recover
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
 STRATEGIES = ["random", "random_balanced", "topk", "topk_balanced", "greedy"]
-FULL = {
-    "hidden": 3000,
-    "fine_tune_epochs": 2,
-    "size": 500,
-    "epochs": 4,
-    "seeds": [0, 1, 2],
-    "corpus": None,
-    "test": 1400,
-}
-QUICK = {
-    "hidden": 160,
-    "fine_tune_epochs": 1,
-    "size": 40,
-    "epochs": 1,
-    "seeds": [0],
-    "corpus": 300,
-    "test": 120,
+CORPORA = ("wikitext", "brown", "abc_news")
+SIZES = {
+    # hidden: documents the secret model is trained on; rows: seed documents of each corpus, None for all of them
+    "default": {"hidden": 2000, "rows": 3000, "size": 300, "epochs": 3, "seeds": [0, 1, 2], "test": 1000},
+    "full": {"hidden": 3000, "rows": None, "size": 500, "epochs": 4, "seeds": [0, 1, 2, 3, 4], "test": 2000},
+    "quick": {"hidden": 96, "rows": 64, "size": 32, "epochs": 1, "seeds": [0], "test": 64},
 }
 
 
@@ -59,25 +48,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a few minutes: the plumbing alone")
+    parser.add_argument("--quick", action="store_true", help="under three minutes: the plumbing alone")
+    parser.add_argument("--full", action="store_true", help="hours: all documents, the prototype's sizes")
     parser.add_argument("--json", metavar="PATH", help="write every figure there")
-    parser.add_argument("--run-dir", default=None, help="default: runs/agnews or runs/agnews-quick")
+    parser.add_argument("--run-dir", default=None, help="default: runs/agnews-<size>")
     options = parser.parse_args()
     if not DATA.is_dir():
         sys.exit(f"this benchmark reads real text from {DATA}, which this machine does not have.")
-    sizes = QUICK if options.quick else FULL
-    folder = Path(options.run_dir or ("runs/agnews-quick" if options.quick else "runs/agnews")).absolute()
+    name = "quick" if options.quick else "full" if options.full else "default"
+    sizes = SIZES[name]
+    folder = Path(options.run_dir or f"runs/agnews-{name}").absolute()
     started = time.monotonic()
     spec = make_spec(folder, sizes, ["random", "greedy"] if options.quick else STRATEGIES)
-    write_labelled(folder, sizes["hidden"])
+    write_data(folder, sizes)
     resolve(gguf(), spec.models.base)
     job = Job(spec)
-    fine_tune(job, str(folder / "data/hidden.parquet"), sizes["fine_tune_epochs"], seed=7)
+    fine_tune(job, str(folder / "data/hidden.parquet"), epochs=2, seed=7)
     results = recover(job)
     seconds = time.monotonic() - started
     figures = {
         "benchmark": "agnews",
-        "quick": options.quick,
+        "size": name,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "seconds": round(seconds, 1),
         "sizes": sizes,
@@ -97,8 +88,7 @@ def make_spec(folder: Path, sizes: dict, strategies: list[str]) -> RunSpec:
             "run_dir": str(folder),
             "models": {"base": str(folder / "models/base"), "finetuned": str(folder / "models/finetuned")},
             "corpus": {
-                "paths": [str(DATA / f"{name}.parquet") for name in ("wikitext", "brown", "abc_news")],
-                "max_documents": sizes["corpus"],
+                "paths": [str(folder / f"data/{name}.parquet") for name in CORPORA],
                 "partition_rows": 1024,
             },
             "task": {
@@ -118,24 +108,32 @@ def make_spec(folder: Path, sizes: dict, strategies: list[str]) -> RunSpec:
             },
             "evaluate": {
                 "test": [str(folder / "data/test.parquet")],
-                "validation_share": 0.3,
+                "validation_share": 0.0,  # nothing is chosen here
                 "max_documents": sizes["test"],
             },
         }
     )
 
 
-def write_labelled(folder: Path, hidden: int) -> None:
-    """hidden.parquet, the secret training set: rows of AG News's train split; test.parquet: its test split."""
+def write_data(folder: Path, sizes: dict) -> None:
+    """hidden.parquet, the secret training set, and test.parquet from AG News; a sample of each seed corpus."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    table = pq.read_table(DATA / "ag_news.parquet")
-    split = np.array(table["split"].to_pylist())
-    chosen = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(split == "train"))[:hidden])
-    for name, rows in (("hidden", chosen), ("test", np.flatnonzero(split == "test"))):
-        part = table.take(rows)
-        pq.write_table(
-            pa.table({"text": part["text"], "label": part["label"]}), folder / f"data/{name}.parquet"
-        )
+    news = pq.read_table(DATA / "ag_news.parquet", columns=["text", "label", "split"])
+    split = np.array(news["split"].to_pylist())
+    parts = {
+        "hidden": news.take(sample(np.flatnonzero(split == "train"), sizes["hidden"])),
+        "test": news.take(np.flatnonzero(split == "test")),
+    }
+    for name in CORPORA:
+        table = pq.read_table(DATA / f"{name}.parquet", columns=["text"])
+        parts[name] = table.take(sample(np.arange(table.num_rows), sizes["rows"]))
+    for name, table in parts.items():
+        pq.write_table(table, folder / f"data/{name}.parquet")
+
+
+def sample(rows: np.ndarray, n: int | None) -> np.ndarray:
+    """n of the rows, seeded and ascending; all of them for None."""
+    return rows if n is None else np.sort(np.random.default_rng(0).permutation(rows)[:n])
 
 
 if __name__ == "__main__":
