@@ -38,6 +38,9 @@ LOST = (
 )
 """What Ray raises when a worker, or what it held, is gone for good; not what our own code raises in it."""
 
+PARTITIONS_PER_ENCODER = 8
+"""An encoder takes seconds to start and encodes a partition in about one: for few partitions one is enough."""
+
 ENCODE_CPUS = 0.25
 """CPUs an encode task asks for: small, so that it is placed beside actors that hold every whole CPU."""
 
@@ -77,9 +80,10 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     gpus = gpus_per_worker(settings.gpus_per_worker)
+    encoders = max(1, len(todo) // PARTITIONS_PER_ENCODER)
     stream = (
         ray.data.from_items([{"partition": p} for p in todo], override_num_blocks=len(todo))
-        .map(EncodePartition, fn_constructor_args=(job,), compute=_pool(1, None), num_cpus=ENCODE_CPUS)
+        .map(EncodePartition, fn_constructor_args=(job,), compute=_pool(1, encoders), num_cpus=ENCODE_CPUS)
         .map(
             WritePartition,
             fn_constructor_args=(job, "cuda" if gpus else "cpu"),

@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: tiny models and corpora, made once a session."""
+"""Fixtures of the whole suite: tiny models and corpora, and one private Ray instance, made once a session."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,30 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 labelled documents in a jsonl file."""
     return Path(tiny.save_corpus(tmp_path_factory.mktemp("corpus") / "test.jsonl", 80, seed=5, labelled=True))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Ray on eight pretended CPUs, in a temp folder of its own so that no other instance is found."""
+    os.environ.update(
+        RAY_AUTH_MODE="disabled",
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+        RAY_BACKEND_LOG_LEVEL="fatal",
+        RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
+        RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
+    )
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths end at 107 bytes
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200 << 20,
+        _temp_dir=folder,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
