@@ -38,16 +38,20 @@ class RowCache:
 
         Rows that are missing are read in one ascending request, so that rows of a chunk are read together.
         """
+        self.load(rows)
+        slots = self._slot[rows]
+        assert self._features is not None
+        block = RowBlock(self._features[:, slots], self._scale[:, slots], np.ones(slots.size, np.bool_))
+        return vectors(block, self._kind)
+
+    def load(self, rows: Ints) -> None:
+        """Make sure that at most BATCH distinct rows are in memory."""
         self._clock += 1
         here = self._slot[rows]
         self._used[here[here >= 0]] = self._clock
         missing = np.sort(rows[here < 0])
         if missing.size:
             self._read(missing)
-        slots = self._slot[rows]
-        assert self._features is not None
-        block = RowBlock(self._features[:, slots], self._scale[:, slots], np.ones(slots.size, np.bool_))
-        return vectors(block, self._kind)
 
     def lately(self, count: int) -> Floats:
         """Unit vectors (m, P, d) of up to `count` rows used last."""

@@ -67,7 +67,7 @@ class SubspaceIndex:
         self.rows, self.start, self.stop, self.kind, self.u = rows, start, stop, kind, u
         p, n = rows.n_checkpoints, stop - start
         self.size, self.capacity = 0, min(capacity, rows.dim)
-        self.basis = np.zeros((p, rows.dim, self.capacity))
+        self.basis = np.zeros((p, self.capacity, rows.dim))  # Q^T
         self.skew = np.zeros(p)  # ||Q^T Q - I||
         self._weights = np.zeros((p, self.capacity))  # Q^T s of the last query
         self._nu = np.zeros((p, n))
@@ -97,10 +97,10 @@ class SubspaceIndex:
         replaced = np.argsort(used, kind="stable")[:surplus]
         columns = np.concatenate([replaced, np.arange(self.size, self.size + directions.shape[2] - surplus)])
         first, before = self.size == 0, self.skew
-        self.basis[:, :, columns] = directions
+        self.basis[:, columns] = directions.transpose(0, 2, 1)
         self.size += columns.size - surplus
-        q = self.basis[:, :, : self.size]
-        gram = q.transpose(0, 2, 1) @ q - np.eye(self.size)
+        q = self.basis[:, : self.size]
+        gram = q @ q.transpose(0, 2, 1) - np.eye(self.size)
         self.skew = np.sqrt((gram**2).sum(axis=(1, 2))) + self.margin * self.size
         wrong = np.maximum(before, self.skew) + self.margin * math.sqrt(self.size)
         for at, block in stream(self.rows, self.start, self.stop):
@@ -154,19 +154,19 @@ class SubspaceIndex:
         """Prepare bounds for candidates added to sums (P, d)."""
         norm = norms(sums)
         unit = np.divide(sums, norm[:, None], out=np.zeros_like(sums), where=norm[:, None] > 0)
-        w = (unit[:, None] @ self.basis)[:, 0]
-        rest = unit - (self.basis @ w[:, :, None])[:, :, 0]
+        w = np.stack([np.einsum("rd,d->r", q, s) for q, s in zip(self.basis, unit, strict=True)])
         self._weights, inside = w, _length(w)
         # float32: w rounded, r products summed in any order; float64: w itself. ||zq|| <= 1.001.
         wrong = self.margin * math.sqrt(self.size)
         slack = 1.05 * ((self.size + 8) * _SINGLE * inside + wrong) + 2 * self.margin
+        # ||s'||^2 = ||s||^2 - 2 w.(Q^T s) + ||Q w||^2, and ||s|| is 1 or 0.
+        w2 = np.einsum("pr,pr->p", w, w)
+        outside = np.sqrt(np.maximum((norm > 0) - w2, 0) + 4 * wrong + 2 * self.skew)
         stale = unit if self._stale_sum is None else self._stale_sum
         turn = np.einsum("pd,pd->p", unit, stale)
         drift = _length(unit - turn[:, None] * stale) + 4 * _SINGLE
         weights = w.astype(np.float32) * np.float32(_UNIT)
-        return Query(
-            unit, norm, unit @ self.u, weights, inside + wrong, _length(rest) + wrong, slack, turn, drift
-        )
+        return Query(unit, norm, unit @ self.u, weights, inside + wrong, outside, slack, turn, drift)
 
     def stale(self, query: Query) -> Floats | None:
         """Upper bounds of all rows (n,) from the last `fresh` of all; None when a fresh one is due."""
@@ -205,8 +205,12 @@ class SubspaceIndex:
         """h.s_j of some rows and the radius within which it is certain."""
         coords = self._coords[j][part]  # a view of a slice, a copy of chosen rows
         along, step = np.empty(coords.shape[0]), max(1, _COORDS // self.capacity)
+        # einsum and not BLAS, whose threads, woken for every small product, wait on one another.
+        single = np.empty((min(step, along.size), self.capacity), np.float32)
         for low in range(0, along.size, step):
-            along[low : low + step] = coords[low : low + step].astype(np.float32) @ query.weights[j]
+            piece = single[: min(step, along.size - low)]
+            piece[...] = coords[low : low + step]
+            along[low : low + step] = np.einsum("nr,r->n", piece, query.weights[j])
         q, rho = self._q[j, part].astype(np.float64), self._rho[j, part].astype(np.float64)
         return along, q * query.inside[j] + rho * query.outside[j] + query.slack[j]
 
@@ -233,20 +237,32 @@ class SubspaceIndex:
 
         A direction that Q spans already is replaced by a random one.
         """
-        x, noise = directions, np.random.default_rng(0).normal(size=directions.shape)
-        for _ in range(3):
-            length = np.linalg.norm(x, axis=1, keepdims=True)
-            x = np.where(length > 0, x / np.where(length > 0, length, 1), noise)
-            rest = self.residual(x.transpose(2, 0, 1)).transpose(1, 2, 0)
-            x = np.linalg.qr(np.where(np.linalg.norm(rest, axis=1, keepdims=True) > 1e-6, rest, noise))[0]
-        return x
+        noise = np.random.default_rng(0).normal(size=directions.shape)
+        x = np.concatenate([_unit_columns(directions), noise], axis=2)
+        x = self._outside(self._outside(x))
+        lost = np.linalg.norm(x[:, :, : noise.shape[2]], axis=1, keepdims=True) < 1e-6
+        x = np.where(lost, x[:, :, noise.shape[2] :], x[:, :, : noise.shape[2]])
+        return _unit_columns(self._outside(np.linalg.qr(_unit_columns(x))[0]))
 
-    def residual(self, vectors: Floats) -> Floats:
-        """What Q leaves of vectors (m, P, d)."""
-        rest = vectors.transpose(1, 0, 2)
-        for _ in range(2):  # twice, so that what is left is orthogonal to Q to working precision
-            rest = rest - (rest @ self.basis) @ self.basis.transpose(0, 2, 1)
-        return rest.transpose(1, 0, 2)
+    def drift(self, sums: Floats, sample: Floats, size: int) -> Floats:
+        """`size` directions (P, d, size) worth adding to Q: what it leaves of the running sum (P, d), and the
+        leading directions of what it leaves of a sample (m, P, d), by two steps of a block power iteration."""
+        rest = self._outside(sample.transpose(1, 2, 0))
+        guess = np.random.default_rng(1).normal(size=(rest.shape[0], rest.shape[1], size - 1))
+        for _ in range(2):
+            guess = _unit_columns(rest @ (rest.transpose(0, 2, 1) @ guess))
+        return self.complement(np.concatenate([sums[:, :, None], guess], axis=2))
+
+    def _outside(self, columns: Floats) -> Floats:
+        """columns (P, d, m) less their projections on Q."""
+        q = self.basis[:, : self.size]
+        return np.asarray(columns - q.transpose(0, 2, 1) @ (q @ columns))
+
+
+def _unit_columns(x: Floats) -> Floats:
+    """Columns (P, d, m) scaled to norm 1; zero ones stay."""
+    x = x / np.maximum(np.abs(x).max(axis=1, keepdims=True), 1e-300)  # their squares could underflow
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300))
 
 
 def _length(x: Floats) -> Floats:

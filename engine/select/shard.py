@@ -15,6 +15,7 @@ from engine.select.objective import Bools, Floats, Ints, RowKind, scores, vector
 _SEEDS = 8  # rows compared first, for a score that rules most others out
 _SAMPLE = 4096  # rows that the basis is taken from
 _DRIFT = 8  # directions added at a time
+_AHEAD = 64  # candidates read together before the first is compared
 _SEEK = 32  # rows of a streaming pass that a random read costs beside the rows of its chunk
 _GROW_ROWS = 5000  # rows of a streaming pass that finding new directions costs
 _KEPT = 9  # best rows that an answer holds; the driver guesses the next picks from them
@@ -140,6 +141,7 @@ class Shard:
             candidates = candidates[bound[candidates] >= self._best]
         candidates = candidates[np.argsort(-bound[candidates], kind="stable")]
         size = 2 * _SEEDS
+        self.cache.load(candidates[:_AHEAD])
         while candidates.size:
             self._compare(candidates[:size], bound, step.sums)
             candidates = candidates[size:]
@@ -207,15 +209,8 @@ class Shard:
             return
         if self.index.size >= self.rows.dim:
             return
-        rest = self.index.residual(
-            np.concatenate([request.steps[-1].sums[None], self.cache.lately(_SAMPLE // 4)])
-        )
-        bases = []
-        for j in range(self.rows.n_checkpoints):
-            keep = orthonormal(rest[:1, j].T)
-            more = leading_directions(rest[1:, j], keep, min(_DRIFT, self.rows.dim - self.index.size) - 1)
-            bases.append(np.concatenate([keep, more], axis=1))
-        self.index.extend(self.index.complement(np.stack(bases)))
+        size = min(_DRIFT, self.rows.dim - self.index.size)
+        self.index.extend(self.index.drift(request.steps[-1].sums, self.cache.lately(BATCH), size))
         self._spent = []
 
     def _sample(self) -> Floats:

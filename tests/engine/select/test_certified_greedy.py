@@ -20,7 +20,7 @@ from engine.rows import ArrayRows
 from engine.select import Columns, select
 from engine.select.exact import exact_greedy
 from engine.select.greedy import Greedy, LocalShards, verify
-from engine.select.index import SubspaceIndex, leading_directions, orthonormal
+from engine.select.index import SubspaceIndex, orthonormal
 from engine.select.objective import scores, unit_target, vectors
 from engine.select.shard import Shard
 from engine.spec import Select
@@ -135,9 +135,8 @@ def test_no_bound_is_below_the_score_it_bounds(case, kind, size, added):
         assert (index.fresh(query, some) >= exact[some]).all()
         if step % 2:
             assert (index.fresh(query) >= exact).all()
-        if step == 3:
-            keep = orthonormal(np.concatenate([index.basis[0, :, : index.size], sums[0][:, None]], axis=1))
-            index.extend(np.stack([leading_directions(unit[:, j], keep[:, : d - 1], 1) for j in range(p)]))
+        if step == 3 and index.size < d:
+            index.extend(index.drift(sums, unit, 1 + (index.size + 1 < d)))
         sums = sums + every[rng.integers(n)]
 
 

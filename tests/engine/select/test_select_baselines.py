@@ -36,6 +36,7 @@ def naive_f(rows, members, kind="raw"):
     return float(np.mean([t @ u / np.linalg.norm(t) for t in total]))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 70), st.integers(0, 2**31))
 def test_a_fold_is_the_sum_and_does_not_depend_on_the_batch(width, seed):
     x = np.random.default_rng(seed).normal(size=(5, width))
@@ -176,6 +177,7 @@ def test_the_same_seed_gives_the_same_random_rows_and_another_seed_others(case):
     assert select(rows, columns, Select(strategy="random", size=7, seed=1)).rows.tolist() == a[:7].tolist()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
 def test_quotas_use_every_place_and_differ_by_at_most_one_where_rows_are_left(labels, data):
     label = np.array(labels, np.int32)
@@ -188,7 +190,7 @@ def test_quotas_use_every_place_and_differ_by_at_most_one_where_rows_are_left(la
     assert not unfilled or max(quota.values()) - min(unfilled) <= 1
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 40), st.integers(0, 1000))
 def test_random_path_ends_at_the_full_set(size, seed):
     rng = np.random.default_rng(seed)
