@@ -227,6 +227,7 @@ def _worker(config: dict[str, Any]) -> None:
             continue
         try:
             _train_one(job, device, config["mailbox"], began)
+            began = time.time()
         except UserError as error:
             # every worker comes here: `_agree` and `fit` raise on all or none
             if dist.get_rank() == 0:

@@ -179,6 +179,12 @@ def test_each_document_counts_once_an_epoch_whatever_the_number_of_workers(
     assert passes[1] <= (micro or batch)
 
 
+def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+    orders = {(seed, epoch): tuple(epoch_order(20, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(set(orders.values())) == 9
+    assert orders[1, 2] == tuple(epoch_order(20, 1, 2))
+
+
 def test_the_size_of_a_forward_pass_changes_nothing(
     tiny_base: str, encoder: Encoder, examples: Ragged
 ) -> None:
