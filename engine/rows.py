@@ -59,6 +59,10 @@ class Rows(Protocol):
     def target(self) -> npt.NDArray[np.float64]:
         """Projected Delta, (d,) float64, the same for every checkpoint."""
 
+    @property
+    def valid(self) -> npt.NDArray[np.bool_]:
+        """(N,) bool, as in `RowBlock`; read without the rows."""
+
     def read(self, start: int, stop: int) -> RowBlock:
         """Rows start..stop-1, one sequential read."""
 
@@ -95,7 +99,7 @@ class ArrayRows:
         if target.shape != (d,):
             raise ValueError(f"target has shape {target.shape}, features have dim {d}")
         self._scale = np.ones((p, n), np.float32) if scale is None else scale
-        self._valid = np.ones(n, np.bool_) if valid is None else valid
+        self.valid = np.ones(n, np.bool_) if valid is None else valid
         self.n_checkpoints, self.n_rows, self.dim = p, n, d
         self.block_rows, self.chunk_rows = block_rows, 1
         self.target: npt.NDArray[np.float64] = np.asarray(target, np.float64)
@@ -103,8 +107,8 @@ class ArrayRows:
     def read(self, start: int, stop: int) -> RowBlock:
         """See `Rows.read`."""
         stop = min(stop, self.n_rows)
-        return RowBlock(self._features[:, start:stop], self._scale[:, start:stop], self._valid[start:stop])
+        return RowBlock(self._features[:, start:stop], self._scale[:, start:stop], self.valid[start:stop])
 
     def take(self, rows: npt.NDArray[np.int64]) -> RowBlock:
         """See `Rows.take`."""
-        return RowBlock(self._features[:, rows], self._scale[:, rows], self._valid[rows])
+        return RowBlock(self._features[:, rows], self._scale[:, rows], self.valid[rows])

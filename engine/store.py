@@ -173,6 +173,11 @@ class GradientStore:
         with _sound(self.run):
             return np.asarray(array[:] if checkpoint is None else array[checkpoint])
 
+    @property
+    def valid(self) -> npt.NDArray[np.bool_]:
+        """See `engine.rows.Rows.valid`."""
+        return self.column("state") == VALID
+
     def read(self, start: int, stop: int) -> RowBlock:
         """See `engine.rows.Rows.read`; UserError when a chunk fails its checksum."""
         stop = min(stop, self.n_rows)

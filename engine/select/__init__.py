@@ -14,7 +14,7 @@ from engine.select.baselines import alignment, at_random, by_score
 from engine.select.external import open_features
 from engine.select.greedy import Greedy, LocalShards, Shards, verify
 from engine.select.journal import Journal, digest
-from engine.select.objective import Bools, Ints, unit_target, valid_rows
+from engine.select.objective import Bools, Ints, unit_target
 from engine.select.selection import Certificate, Columns, RandomPath, Selection, random_path, walk
 from engine.select.shard import Shard
 from engine.spec import Select
@@ -141,7 +141,7 @@ def _inputs(rows: Rows, spec: Select, eligible: Bools, label: Labels | None) -> 
 
 
 def _eligible(rows: Rows, columns: Columns, spec: Select) -> Bools:
-    eligible, what = valid_rows(rows), "valid documents"
+    eligible, what = rows.valid, "valid documents"
     if spec.strategy.endswith("_balanced"):
         eligible, what = eligible & (_labels(columns, spec) >= 0), "valid documents with a label"
     if spec.strategy.startswith("loss_"):

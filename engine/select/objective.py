@@ -129,17 +129,6 @@ def stream(rows: Rows, start: int = 0, stop: int | None = None) -> Iterator[tupl
             yield slice(begin + low, begin + part.stop), piece
 
 
-def valid_rows(rows: Rows) -> Bools:
-    """(N,) bool, False for missing and quarantined rows; from the store's own column where it has one."""
-    known = getattr(rows, "valid", None)
-    if known is not None:
-        return np.asarray(known, np.bool_)
-    valid = np.zeros(rows.n_rows, np.bool_)
-    for part, piece in stream(rows):
-        valid[part] = piece.valid
-    return valid
-
-
 def stream_scores(rows: Rows, kind: RowKind, sums: Floats, u: Floats, eligible: Bools) -> Floats:
     """Canonical scores of all eligible rows by one streaming pass, (N,); -inf where not eligible."""
     result = np.full(rows.n_rows, -np.inf)

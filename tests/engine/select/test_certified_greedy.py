@@ -231,7 +231,7 @@ def test_a_journal_of_another_selection_or_another_store_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"size = 10.*has 11"):
         select(rows, Columns(), Select(size=11), journal=folder)
     other = ArrayRows(
-        rows._features * np.float16(0.5) + np.float16(0.1), rows.target, rows._scale, rows._valid
+        rows._features * np.float16(0.5) + np.float16(0.1), rows.target, rows._scale, rows.valid
     )
     with pytest.raises(UserError, match="store has changed"):
         select(other, Columns(), Select(size=10), journal=folder)

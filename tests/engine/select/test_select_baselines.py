@@ -155,7 +155,7 @@ def test_greedy_batched_starts_anew_after_each_batch(case):
     first = select(rows, columns, Select(strategy="greedy", size=4)).rows
     assert batched[:4].tolist() == first.tolist()
     rest = ArrayRows(
-        rows._features, rows.target, rows._scale, rows._valid & ~np.isin(np.arange(60), first), 16
+        rows._features, rows.target, rows._scale, rows.valid & ~np.isin(np.arange(60), first), 16
     )
     assert batched[4:].tolist() == select(rest, columns, Select(strategy="greedy", size=4)).rows.tolist()
 
