@@ -35,6 +35,7 @@ def check(job: Job) -> None:
 def retrain(job: Job) -> dict[str, Any]:
     """Train all that is missing, one after the other in one group of workers; metrics of each by name."""
     check(job)
+    job.run.stage_fingerprint("extract")  # refused now rather than after Ray's start
     todo: list[tuple[str, dict[str, Any], TrainJob]] = []
     results: dict[str, Any] = {}
     validation = write_validation(job) if job.spec.retrain.early_stopping else None
