@@ -38,7 +38,7 @@ STRATEGIES = ["random", "random_balanced", "topk", "topk_balanced", "greedy"]
 CORPORA = ("wikitext", "brown", "abc_news")
 SIZES = {
     # hidden: documents the secret model is trained on; rows: seed documents of each corpus, None for all of them
-    "default": {"hidden": 2000, "rows": 3000, "size": 300, "epochs": 3, "seeds": [0, 1, 2], "test": 1000},
+    "default": {"hidden": 1600, "rows": 2000, "size": 250, "epochs": 3, "seeds": [0, 1, 2], "test": 600},
     "full": {"hidden": 3000, "rows": None, "size": 500, "epochs": 4, "seeds": [0, 1, 2, 3, 4], "test": 2000},
     "quick": {"hidden": 96, "rows": 64, "size": 32, "epochs": 1, "seeds": [0], "test": 64},
 }
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def make_spec(folder: Path, sizes: dict, strategies: list[str]) -> RunSpec:
-    """The run: AG News labels, 40 tokens a document, the 20 lower of 30 blocks frozen."""
+    """The run: AG News labels, 32 tokens a document, the 20 lower of 30 blocks frozen."""
     return RunSpec.from_dict(
         {
             "run_dir": str(folder),
@@ -95,7 +95,7 @@ def make_spec(folder: Path, sizes: dict, strategies: list[str]) -> RunSpec:
                 "labels": ["world", "sports", "business", "technology"],
                 "display_names": ["World", "Sports", "Business", "Sci/Tech"],
                 "template": "{text}\nTopic:",
-                "max_tokens": 40,
+                "max_tokens": 32,
             },
             "select": {"size": sizes["size"]},
             "retrain": {
