@@ -43,7 +43,9 @@ def test_no_import_points_back(room: str) -> None:
 
 def test_the_check_sees_lazy_imports(tmp_path: Path) -> None:
     file = tmp_path / "lazy.py"
-    file.write_text("def f():\n    import ray.data\n    __import__('jobs')\n    importlib.import_module('cluster.x')\n")
+    file.write_text(
+        "def f():\n    import ray.data\n    __import__('jobs')\n    importlib.import_module('cluster.x')\n"
+    )
     assert {name for _, name in imported(file)} == {"ray", "jobs", "cluster"}
 
 

@@ -176,8 +176,8 @@ def test_checkpoints_label_at_the_finetuned_model_alone(pair: tuple[str, str]) -
 
 
 def test_equal_models_are_refused(pair: tuple[str, str]) -> None:
+    engine = make_engine(make_spec((pair[0], pair[0]), CLASSIFY))
     with pytest.raises(UserError, match="equal weights"):
-        engine = make_engine(make_spec((pair[0], pair[0]), CLASSIFY))
         engine.target.project(engine.endpoints)
 
 
