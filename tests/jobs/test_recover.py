@@ -1,0 +1,206 @@
+"""recover, end to end on a tiny model: every file is there, a second run skips, and the written spec replays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+import transformers
+import yaml
+
+from engine.models import load_model
+from engine.rundir import RunDir
+from engine.spec import RunSpec
+from engine.store import GradientStore
+from jobs.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def spec(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_base: str,
+    tiny_finetuned: str,
+    tiny_corpus: str,
+    tiny_test: Path,
+) -> Path:
+    folder = tmp_path_factory.mktemp("recover")
+    fields = {
+        "run_dir": str(folder / "run"),
+        "models": {"base": tiny_base, "finetuned": tiny_finetuned},
+        "corpus": {"paths": [tiny_corpus], "partition_rows": 64},
+        "task": {"labels": tiny.LABELS, "template": "{text} topic:", "max_tokens": 24},
+        "gradients": {"dtype": "float32"},
+        "extract": {"threads": 1, "workers_max": 1},
+        "select": {"size": 16},
+        "retrain": {
+            "strategies": ["random", "greedy"], "seeds": [0, 1], "epochs": 1, "batch_size": 8, "dtype": "float32",
+            "checkpoint_steps": 0, "threads": 1,
+        },
+        "evaluate": {"test": [str(tiny_test)]},
+    }  # fmt: skip
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(spec: Path, ray_session: None) -> Path:
+    """A finished run."""
+    assert main(["recover", "--config", str(spec), "--quiet"]) == 0
+    return spec.parent / "run"
+
+
+def contents(run: Path) -> dict[str, str]:
+    """sha256 of every file but the log."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != "log.jsonl"]
+    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_every_output_is_there(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    wanted = (
+        "spec.yaml plan.parquet gradients.zarr done selection.parquet models metrics.json quarantine.parquet"
+    )
+    assert set(f"{wanted} report.html log.jsonl stages".split()) <= names
+    assert {path.name for path in (run / "models").iterdir()} == {
+        "random-0",
+        "random-1",
+        "greedy-0",
+        "greedy-1",
+    }
+    assert not list(run.rglob("*.part"))
+
+
+def test_the_selection_has_its_columns_and_its_texts(run: Path, tiny_corpus: str) -> None:
+    table = pq.read_table(run / "selection.parquet")
+    columns = "rank row doc_id partition text label confidence loss alignment norm objective gain"
+    assert table.column_names == columns.split()
+    rows = table.to_pydict()
+    texts = [json.loads(line)["text"] for line in Path(tiny_corpus).read_text().splitlines()]
+    assert rows["rank"] == list(range(16))
+    assert rows["text"] == [texts[row] for row in rows["row"]]
+    assert rows["partition"] == [row // 64 for row in rows["row"]]
+    np.testing.assert_allclose(np.cumsum(rows["gain"]), rows["objective"], atol=1e-12)
+    store = GradientStore.open(RunDir(str(run)))
+    for name, column in (("label", "label"), ("confidence", "confidence")):
+        assert rows[name] == store.column(column)[rows["row"]].tolist()
+
+
+def test_retrained_models_load_and_moved(run: Path, tiny_base: str) -> None:
+    ids = torch.arange(10)[None]
+    base = load_model(tiny_base, torch.float32)
+    for name in ("random-0", "random-1", "greedy-0", "greedy-1"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(run / "models" / name, dtype=torch.float32)
+        assert not torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+def test_metrics_hold_every_model(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["metric"] == "accuracy"
+    assert [row["strategy"] for row in metrics["strategies"]] == ["random", "greedy"]
+    assert all(row["n"] == 2 for row in metrics["strategies"])
+    for name in ("base", "finetuned"):
+        assert 0 <= metrics[name] <= 1
+
+
+def test_the_log_can_be_read_by_a_machine(run: Path) -> None:
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all({"time", "stage", "event"} <= record.keys() for record in records)
+    for stage in ("extract", "select", "retrain", "evaluate-base", "evaluate-greedy-1"):
+        events = [record["event"] for record in records if record["stage"] == stage]
+        assert events[0] == "begin"
+        assert "end" in events
+    end = next(r for r in records if r["stage"] == "extract" and r["event"] == "end")
+    assert end["done"] == 200
+    assert end["rate"] > 0
+
+
+def test_a_second_run_skips_every_stage_says_so_and_changes_nothing(
+    run: Path, spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    capsys.readouterr()
+    assert main(["recover", "--config", str(spec)]) == 0
+    said = capsys.readouterr().err
+    stages = [path.stem for path in (run / "stages").glob("*.json") if not path.stem.endswith(".inputs")]
+    assert len(stages) >= 10
+    for stage in stages:
+        assert f"{stage}: complete already, skipped" in said
+    after = contents(run)
+    assert {name for name in before if before[name] != after[name]} <= {"metrics.json", "report.html"}
+    assert before.keys() == after.keys()
+
+
+def test_quiet_prints_the_table_alone(run: Path, spec: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    assert main(["recover", "--config", str(run / "spec.yaml"), "--quiet"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    lines = [line for line in out.splitlines() if line.strip()]
+    assert "accuracy on the test share" in lines[0]
+    assert sum("greedy" in line for line in lines) == 1
+    assert "test documents" in lines[-1]
+
+
+def test_the_written_spec_is_the_runs_own(run: Path, spec: Path) -> None:
+    assert RunSpec.from_yaml((run / "spec.yaml").read_text()) == RunSpec.from_yaml(spec.read_text())
+
+
+def test_the_written_spec_replays_the_run(run: Path, tmp_path: Path) -> None:
+    """In another folder it gives the same store, selection and weights, byte for byte."""
+    arguments = [
+        "--config",
+        str(run / "spec.yaml"),
+        "--run_dir",
+        str(tmp_path / "again"),
+        "--retrain.seeds",
+        "[0]",
+    ]
+    assert main(["recover", *arguments, "--retrain.strategies", "[greedy]", "--quiet"]) == 0
+    first, again = contents(run), contents(tmp_path / "again")
+    kinds = ("gradients.zarr", "done", "selection.parquet", "plan.parquet", "quarantine.parquet")
+    same = [name for name in again if name.startswith(kinds) or name.endswith("model.safetensors")]
+    assert len(same) > 30
+    assert {name for name in same if first.get(name) != again[name]} == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (["--gradients.dtype", "bfloat16"], "gradients.dtype"),
+        (["--task.max_tokens", "20"], "task.max_tokens"),
+        (["--select.strategy", "topk"], "select.strategy"),
+        (["--retrain.epochs", "2"], "retrain.epochs"),
+        (["--corpus.max_documents", "100"], "corpus.max_documents"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_run_of_another_spec_is_refused_by_the_field(
+    change: list[str], field: str, run: Path, spec: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    capsys.readouterr()
+    assert main(["recover", "--config", str(spec), "--quiet", *change]) == 2
+    out, err = capsys.readouterr()
+    assert field in err
+    assert (out, err.count("\n")) == ("", 1)
+    assert contents(run) == before
+
+
+def test_one_more_strategy_repeats_nothing(run: Path, spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    more: list[Any] = ["--retrain.strategies", "[random, greedy, loss_min]", "--retrain.seeds", "[0]"]
+    assert main(["recover", "--config", str(spec), *more]) == 0
+    said = capsys.readouterr().err
+    assert "retrain-greedy-0: complete already, skipped" in said
+    assert "retrain-loss_min-0: complete already" not in said
+    after = contents(run)
+    assert {n for n in before if before[n] != after[n]} <= {"metrics.json", "report.html", "spec.yaml"}
+    assert "models/loss_min-0/model.safetensors" in after
