@@ -100,8 +100,10 @@ def _reader(annotation: Any) -> Callable[[str], Any]:
 def _value(text: str) -> Any:
     """An option's text as YAML would read it, so that lists, mappings and null are written as in a spec.
 
-    Numbers are left to the spec's own conversion: YAML 1.1 takes 1e-4 for text and 010 for eight.
+    Numbers are not left to YAML 1.1, which takes 1e-4 for text and 010 for eight.
     """
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
     if not re.match(r"^(\[|\{|null$|~$|\"|'|true$|false$)", text):
         return text
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "corpus.max_quarantined": ("1e-3", 0.001),
     "task.labels": ("['yes', \"no\", maybe]", ["yes", "no", "maybe"]),
     "task.template": ("{text}", "{text}"),
-    "task.display_names": ("[Yes, 'No']", ["Yes", "No"]),
+    "task.display_names": ("[Aye, 'No']", ["Aye", "No"]),
     "task.loss_scope": ("null", None),
     "gradients.layers": (r"layers\.(0|1)\.", r"layers\.(0|1)\."),
     "gradients.checkpoints": ("[0.5, 1]", [0.5, 1.0]),
@@ -73,6 +74,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "extract.gpus_per_worker": ("0.5", 0.5),
     "select.strategy": ("topk", "topk"),
     "retrain.learning_rate": ("1e-4", 1e-4),
+    "retrain.zero_stage": ("2", 2),
     "retrain.seeds": ("[0, 1, 2]", [0, 1, 2]),
     "retrain.deepspeed": ("{wall_clock_breakdown: true}", {"wall_clock_breakdown": True}),
     "ray.address": ("null", None),
@@ -102,12 +104,7 @@ def test_every_field_is_an_option(config: str, capsys: pytest.CaptureFixture[str
         value: Any = whole
         for part in name.split("."):
             value = getattr(value, part)
-        text = (
-            value
-            if isinstance(value, str)
-            else yaml.safe_dump(value, default_flow_style=True).split("\n...")[0]
-        )
-        arguments += [f"--{name}", text.strip() if not isinstance(value, str) else text]
+        arguments += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     assert printed(capsys, *arguments) == whole
 
 
