@@ -275,27 +275,30 @@ def _up(x: Floats) -> npt.NDArray[np.float32]:
     return np.asarray((x * (1 + 4 * _SINGLE) + 1e-30 * (x > 0)).astype(np.float32))
 
 
-def leading_directions(sample: Floats, keep: Floats, size: int, seed: int = 0) -> Floats:
-    """`size` leading principal directions of what `keep` leaves of a sample, orthonormal to it.
+def leading_directions(sample: Floats, keep: Floats, size: int, seed: int = 0) -> tuple[Floats, Floats]:
+    """Leading principal directions of what `keep` leaves of a sample, orthonormal to it and one another.
 
-    Two steps of randomised subspace iteration (Halko, Martinsson & Tropp 2011); the directions only have to
-    be good, never exact: bounds hold for any basis.
+    One step of randomised subspace iteration (Halko, Martinsson & Tropp 2011); the directions only have to be
+    good, never exact: bounds hold for any basis.
 
     Args:
         sample: (m, d). keep: (d, r0), orthonormal columns.
 
     Returns:
-        (d, size); directions that the sample does not determine are random.
+        (d, size) directions, random ones where the sample does not determine them; and (size,) the share of
+        the sample's squares that is left after each.
     """
     x = (sample - (sample @ keep) @ keep.T).astype(np.float32)
     dim = sample.shape[1]
     guess = np.random.default_rng(seed).normal(size=(dim, min(size + 8, dim))).astype(np.float32)
-    for _ in range(3):
+    for _ in range(2):
         guess = np.linalg.qr(x.T @ (x @ guess) + np.float32(1e-12) * guess)[0]
     values, vectors = np.linalg.eigh((x @ guess).T @ (x @ guess))
-    leading = guess @ vectors[:, np.argsort(-values)[:size]]
+    leading = guess @ vectors[:, ::-1][:, :size]
     full = np.linalg.qr(np.concatenate([keep, leading.astype(np.float64)], axis=1))[0]
-    return np.asarray(full[:, keep.shape[1] :])
+    squares = float(np.einsum("nd,nd->", sample, sample)) or 1.0
+    left = (float(np.einsum("nd,nd->", x, x)) - np.cumsum(values[::-1][:size])) / squares
+    return np.asarray(full[:, keep.shape[1] :]), left
 
 
 def orthonormal(columns: Floats) -> Floats:

@@ -13,7 +13,8 @@ from engine.select.index import ROW_BYTES, SubspaceIndex, leading_directions, or
 from engine.select.objective import Bools, Floats, Ints, RowKind, scores, vectors
 
 _SEEDS = 8  # rows compared first, for a score that rules most others out
-_SAMPLE = 4096  # rows that the basis is taken from
+_SAMPLE = 2048  # rows that the basis is taken from
+_LEAVE, _FEWEST = 0.02, 32  # share of squares that the first basis may leave; its fewest directions
 _DRIFT = 8  # directions added at a time
 _AHEAD = 64  # candidates read together before the first is compared
 _SEEK = 32  # rows of a streaming pass that a random read costs beside the rows of its chunk
@@ -95,7 +96,7 @@ class Shard:
         self._top: list[tuple[float, int, Floats]] = []  # (-score, row, vector) of the best rows compared
         self._best, self._compared = -np.inf, 0
         budget = (index_mb << 20) // (rows.n_checkpoints * (stop - start)) - ROW_BYTES
-        size = min(budget // 2 - _DRIFT, max(32, rows.dim // 8))
+        size = min(budget // 2 - _DRIFT, max(_FEWEST, rows.dim // 8))
         self.index = SubspaceIndex(rows, start, stop, kind, u, max(8, min(budget // 2, size + 8 * _DRIFT)))
         self._spent: list[int] = []  # work of comparing, step by step, since the index last grew
         if self.open.any():
@@ -187,15 +188,16 @@ class Shard:
             self.open &= ~np.isin(self.label, labels)
 
     def _first_basis(self, size: int) -> None:
-        """u, the mean and the leading principal directions of a sample of rows."""
+        """u, the mean and the leading principal directions of a sample of rows: as many as it takes to leave
+        _LEAVE of its squares, and at most `size`."""
         sample = self._sample()
-        bases = []
+        bases, needed = [], 1
         for j in range(self.rows.n_checkpoints):
             keep = orthonormal(np.stack([self.u, sample[:, j].mean(axis=0)], axis=1))
-            bases.append(
-                np.concatenate([keep, leading_directions(sample[:, j], keep, size - keep.shape[1])], axis=1)
-            )
-        self.index.extend(np.stack(bases))
+            more, left = leading_directions(sample[:, j], keep, max(1, size - keep.shape[1]))
+            bases.append(np.concatenate([keep, more], axis=1))
+            needed = max(needed, keep.shape[1] + 1 + int((left > _LEAVE).sum()))
+        self.index.extend(np.stack(bases)[:, :, : max(_FEWEST, needed)])
 
     def _grow(self, request: Request) -> None:
         """Add the running sum's rest and what the rows compared lately have in common, when that will pay.
