@@ -34,7 +34,7 @@ SEED_PACKAGES = (
     "stdlib", "numpy", "torch", "transformers", "ray", "deepspeed", "zarr", "pydantic", "fontTools",
     "huggingface_hub", "accelerate", "datasets",
 )  # fmt: skip
-HIDDEN, TEST, SEED = 160, 100, 200
+HIDDEN, TEST, SEED = 120, 80, 150
 """Documents of each library in the hidden set and in the test set; of each package in the seed corpus."""
 
 FINE_TUNE_EPOCHS = 2
@@ -80,7 +80,7 @@ def demo_spec(folder: Path) -> RunSpec:
                 "template": "{text}\nTopic:",
                 "max_tokens": 28,
             },
-            "select": {"strategy": "greedy", "size": 160},
+            "select": {"strategy": "greedy", "size": 120},
             "retrain": {
                 "strategies": ["random", "topk", "greedy"],
                 "seeds": [0, 1],
