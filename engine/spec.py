@@ -180,6 +180,9 @@ class Select(Section):
     cache_memory_mb: int = Field(
         64, ge=1, description="greedy: most memory of the exact rows kept, per shard"
     )
+    shards: int = Field(
+        1, ge=1, description="greedy: shards of the index; more than one live in Ray actors, near their data"
+    )
     verify: int = Field(0, ge=0, description="greedy: random picks to re-check against a full scan")
 
 

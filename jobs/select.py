@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import pyarrow as pa
 
 from engine.corpus import load_plan, read_rows
 from engine.errors import UserError
-from engine.rundir import SELECTION
+from engine.rundir import SELECTION, STAGES, RunDir
 from engine.select import Columns, Selection, open_features
 from engine.select import select as choose
 from engine.spec import Select, Strategy, section_from_fields
@@ -21,6 +24,9 @@ from jobs.job import Job
 
 CODE = 1
 """Raised whenever the same inputs would give other bytes."""
+
+NO_BYTES = ("index_memory_mb", "cache_memory_mb", "shards", "verify")
+"""Fields of the section that change how picks are found, never which."""
 
 RANDOM: tuple[Strategy, ...] = ("random", "random_balanced")
 """Strategies whose selection depends on the seed."""
@@ -76,7 +82,7 @@ def select_from_options(options: dict[str, Any]) -> None:
 def _stage(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]:
     inputs = {
         "extract": job.run.stage_fingerprint("extract"),
-        **{f"select.{field}": value for field, value in settings.model_dump(mode="json").items()},
+        **{f"select.{k}": v for k, v in settings.model_dump(mode="json").items() if k not in NO_BYTES},
         "code": CODE,
     }
     return job.guarded(stage, inputs, lambda: _select(job, settings, stage, name))
@@ -85,11 +91,13 @@ def _stage(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]:
 def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]:
     store = GradientStore.open(job.run)
     columns = Columns(label=_labels(job, store), loss=finetuned_loss(store))
-    with job.progress.stage(stage, settings.size, "picks") as progress:
-        selection = choose(store, columns, settings, progress.update)
+    journal = job.run.sub(f"{STAGES}/{stage}.journal")
+    with _shards(job, settings) as shards, job.progress.stage(stage, settings.size, "picks") as progress:
+        selection = choose(store, columns, settings, progress.update, journal=journal, shards=shards)
         job.run.write_table(name, _table(job, store, selection))
         progress.update(settings.size)
         seconds = progress.seconds
+    journal.remove("")
     summary = {**selection.summary, "peak": {"size": selection.peak_size, "value": selection.peak_value}}
     beside = selection.random_path
     summary["random_path"] = {
@@ -99,6 +107,24 @@ def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]
     }
     summary |= {"path": selection.path.tolist(), "seconds": round(seconds, 3)}
     return summary
+
+
+@contextlib.contextmanager
+def _shards(job: Job, settings: Select) -> Iterator[Any]:
+    """A factory of index shards in Ray actors where more than one is asked for, else None."""
+    if settings.shards == 1:
+        yield None
+        return
+    from cluster.select import ray_shards
+    from cluster.session import session
+
+    with session(job.spec.ray, job.verbose):
+        yield ray_shards(functools.partial(_open, job.run.uri), settings.shards)
+
+
+def _open(uri: str) -> GradientStore:
+    """The store of a run, opened in the process of a shard."""
+    return GradientStore.open(RunDir(uri))
 
 
 def _labels(job: Job, store: GradientStore) -> npt.NDArray[np.int32] | None:
