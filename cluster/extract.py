@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ import numpy as np
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.util.annotations import RayDeprecationWarning
 
 from cluster.session import gpus_per_worker
 from engine.checkpoints import Endpoints
@@ -81,19 +83,24 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
     context.print_on_execution_start = False
     gpus = gpus_per_worker(settings.gpus_per_worker)
     encoders = max(1, len(todo) // PARTITIONS_PER_ENCODER)
-    stream = (
-        ray.data.from_items([{"partition": p} for p in todo], override_num_blocks=len(todo))
-        .map(EncodePartition, fn_constructor_args=(job,), compute=_pool(1, encoders), num_cpus=ENCODE_CPUS)
-        .map(
-            WritePartition,
-            fn_constructor_args=(job, "cuda" if gpus else "cpu"),
-            compute=_pool(settings.workers_min, settings.workers_max),
-            num_cpus=settings.cpus_per_worker or (1 if gpus else max(0.5, job.threads - 2 * ENCODE_CPUS)),
-            num_gpus=gpus or None,
-            max_restarts=-1,
-            max_task_retries=settings.max_attempts - 1,
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates the only way to limit retries before it has another.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        stream = (
+            ray.data.from_items([{"partition": p} for p in todo], override_num_blocks=len(todo))
+            .map(
+                EncodePartition, fn_constructor_args=(job,), compute=_pool(1, encoders), num_cpus=ENCODE_CPUS
+            )
+            .map(
+                WritePartition,
+                fn_constructor_args=(job, "cuda" if gpus else "cpu"),
+                compute=_pool(settings.workers_min, settings.workers_max),
+                num_cpus=settings.cpus_per_worker or (1 if gpus else max(0.5, job.threads - 2 * ENCODE_CPUS)),
+                num_gpus=gpus or None,
+                max_restarts=-1,
+                max_task_retries=settings.max_attempts - 1,
+            )
         )
-    )
     for row in _rows(stream, settings.max_attempts):
         receipt = json.loads(row["receipt"])
         if "error" in receipt:

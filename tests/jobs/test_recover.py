@@ -153,8 +153,11 @@ def test_the_written_spec_is_the_runs_own(run: Path, spec: Path) -> None:
     assert RunSpec.from_yaml((run / "spec.yaml").read_text()) == RunSpec.from_yaml(spec.read_text())
 
 
-def test_the_written_spec_replays_the_run(run: Path, tmp_path: Path) -> None:
-    """In another folder it gives the same store, selection and weights, byte for byte."""
+def test_the_written_spec_replays_the_run(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In another folder it gives the same store, selection and weights, byte for byte, and quietly."""
+    capfd.readouterr()
     arguments = [
         "--config",
         str(run / "spec.yaml"),
@@ -164,6 +167,7 @@ def test_the_written_spec_replays_the_run(run: Path, tmp_path: Path) -> None:
         "[0]",
     ]
     assert main(["recover", *arguments, "--retrain.strategies", "[greedy]", "--quiet"]) == 0
+    assert capfd.readouterr().err == ""
     first, again = contents(run), contents(tmp_path / "again")
     kinds = ("gradients.zarr", "done", "selection.parquet", "plan.parquet", "quarantine.parquet")
     same = [name for name in again if name.startswith(kinds) or name.endswith("model.safetensors")]

@@ -1,0 +1,148 @@
+"""The same commands as submitted jobs: a real head, `ray job submit`, and a cluster that outlives the job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from engine.rundir import RunDir
+from engine.store import GradientStore
+
+ROOT = Path(__file__).parents[2]
+RAY = Path(sys.executable).parent / "ray"
+PORTS = (
+    "port", "object-manager-port", "node-manager-port", "ray-client-server-port", "dashboard-port",
+    "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
+)  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """This Python first in the path, and no trace of another Ray."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**kept, "PATH": path, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/api/version", timeout=5) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    """A head of one's own, on free ports and in a folder of its own; its dashboard's address."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths end at 107 bytes
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    command = [str(RAY), "start", "--head", "--block", "--num-cpus=2", f"--object-store-memory={150 << 20}"]
+    command += ["--node-ip-address=127.0.0.1", "--disable-usage-stats", f"--temp-dir={folder}"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    log = open(f"{folder}/start.log", "w")  # noqa: SIM115
+    process = subprocess.Popen(
+        command, env=environment(), stdout=log, stderr=log, start_new_session=True, cwd=folder
+    )
+    address = f"http://127.0.0.1:{ports['dashboard-port']}"
+    try:
+        deadline = time.monotonic() + 120
+        while not answers(address):
+            assert process.poll() is None, Path(log.name).read_text()
+            assert time.monotonic() < deadline, Path(log.name).read_text()
+            time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()  # it stops what it started; should something stay, it is in its process group
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def config(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: str, tiny_finetuned: str, tiny_corpus: str
+) -> Path:
+    folder = tmp_path_factory.mktemp("submit")
+    spec = {
+        "run_dir": str(folder / "run"),
+        "models": {"base": tiny_base, "finetuned": tiny_finetuned},
+        "corpus": {"paths": [tiny_corpus], "partition_rows": 64},
+        "task": {"labels": tiny.LABELS, "template": "{text} topic:", "max_tokens": 24},
+        "extract": {"workers_max": 1, "threads": 1},
+        "select": {"size": 16},
+        "retrain": {"strategies": ["greedy"], "epochs": 1, "batch_size": 8, "threads": 1},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return path
+
+
+def submit(head: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit --working-dir . -- python -m jobs ...` from the repository."""
+    command = [
+        str(RAY),
+        "job",
+        "submit",
+        f"--address={head}",
+        "--working-dir=.",
+        "--",
+        "python",
+        "-m",
+        "jobs",
+    ]
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500
+    )
+
+
+def test_a_submitted_job_does_its_work_and_leaves_the_cluster_running(head: str, config: Path) -> None:
+    done = submit(head, "extract", "--config", str(config))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout + done.stderr
+    assert GradientStore.open(RunDir(str(config.parent / "run"))).read(0, 200).valid.all()
+    assert answers(head)
+
+
+def test_a_submitted_mistake_is_one_sentence_and_fails_the_job(head: str, config: Path) -> None:
+    done = submit(head, "extract", "--config", str(config), "--gradients.dim", "8", "--gradients.seed", "-1")
+    assert done.returncode != 0
+    text = done.stdout + done.stderr
+    assert "unbake extract: " in text
+    assert "gradients.seed" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_a_submitted_recover_goes_through(head: str, config: Path) -> None:
+    done = submit(head, "recover", "--config", str(config))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (config.parent / "run/report.html").exists()
+    assert (config.parent / "run/models/greedy-0/model.safetensors").exists()
