@@ -79,20 +79,27 @@ class Endpoints:
     def delta(
         self, name: str, alias: str | None = None, only: list[int] | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Delta = theta_0 - theta_f of a 2-D tensor, (start, (rows, cols) float32) chunk by chunk.
+        """Delta = theta_0 - theta_f of a 2-D tensor, (start, (rows, cols) float32); see `chunks`."""
+        for start, base, finetuned in self.chunks(name, alias, only):
+            yield start, base - finetuned
+
+    def chunks(
+        self, name: str, alias: str | None = None, only: list[int] | None = None
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """A 2-D tensor of both models, (start, theta_0, theta_f), each (rows, cols) float32, chunk by chunk.
 
         `only` picks rows (the label words'), numbered 0.. in that order; else the shared rows come in order.
         """
-        theirs, ours = self.rows(name, alias)
+        base, finetuned = self.rows(name, alias)
         if only is not None:
-            pairs = [(theirs[i : i + 1].float() - ours[i : i + 1].float()) for i in only]
-            yield 0, torch.cat(pairs)
+            picked = [torch.cat([view[i : i + 1].float() for i in only]) for view in (base, finetuned)]
+            yield 0, picked[0], picked[1]
             return
-        n, cols = min(theirs.get_shape()[0], ours.get_shape()[0]), theirs.get_shape()[1]
+        n, cols = min(base.get_shape()[0], finetuned.get_shape()[0]), base.get_shape()[1]
         step = max(1, CHUNK_BYTES // (4 * cols))
         for start in range(0, n, step):
             stop = min(n, start + step)
-            yield start, theirs[start:stop].float() - ours[start:stop].float()
+            yield start, base[start:stop].float(), finetuned[start:stop].float()
 
     def changed(self) -> dict[str, float]:
         """||theta_f - theta_0|| / ||theta_0|| of every 2-D tensor that changed, largest first."""

@@ -332,7 +332,8 @@ class RunSpec(Section):
     @classmethod
     def from_dict(cls, fields: dict[str, Any], where: str = "the spec") -> RunSpec:
         """Validate a nested dict; UserError names the first offending field in one sentence."""
-        return section_from_fields(cls, fields, where)
+        given = {name: value for name, value in fields.items() if value is not None}  # `evaluate:` is empty
+        return section_from_fields(cls, given, where)
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "the spec") -> RunSpec:

@@ -55,6 +55,15 @@ class Target:
         only = self.only if layer.name == self.head else None
         return endpoints.delta(layer.name, self.aliases.get(layer.name), only)
 
+    def noise(self, endpoints: Endpoints, sides: tuple[int, ...]) -> float:
+        """Expected norm of the rounding that quantisation left in Delta; `sides`: 0 base, 1 fine-tuned."""
+        square = 0.0
+        for layer in self.layers:
+            only = self.only if layer.name == self.head else None
+            for _, *pair in endpoints.chunks(layer.name, self.aliases.get(layer.name), only):
+                square += sum(rounding_noise(pair[side]) for side in sides)
+        return square**0.5
+
     def project(self, endpoints: Endpoints) -> tuple[npt.NDArray[np.float64], float]:
         """Projected Delta (dim,) float64 and ||Delta|| before projection.
 
@@ -70,6 +79,19 @@ class Target:
         if square == 0.0:
             raise UserError(_unmoved(", ".join(layer.name for layer in self.layers[:3]), endpoints.changed()))
         return total.numpy(), square**0.5
+
+
+def rounding_noise(weights: torch.Tensor, block: int = 32) -> float:
+    """Expected squared norm of the rounding error of dequantised weights (rows, cols), as they show it.
+
+    Within a block of 32 (the block of GGUF's types, or a multiple of it) they lie on a grid; its step is the
+    smallest gap between different values, and rounding to a grid of step s errs by s^2 / 12 a number.
+    """
+    cols = weights.shape[1] // block * block
+    values = weights[:, :cols].double().reshape(-1, block).sort(dim=1).values
+    gaps, width = values.diff(dim=1), values[:, -1:] - values[:, :1]
+    step = gaps.masked_fill(gaps <= 1e-6 * width, torch.inf).amin(dim=1)
+    return float(step[step.isfinite()].square().sum()) * block / 12
 
 
 def choose_target(spec: RunSpec, endpoints: Endpoints, label_ids: list[int]) -> Target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from engine.evaluate.comparison import metrics
 from engine.evaluate.task import TestSet, evaluate_model
 from engine.models import load_model, torch_dtype
 from engine.rundir import METRICS
-from jobs.job import Job
+from jobs.job import Job, local_copy
 from jobs.retrain import retrained
 from jobs.table import print_table
 from jobs.testset import content_hash, load_test
@@ -68,7 +69,8 @@ def _evaluate(job: Job, test: TestSet, name: str, folder: str) -> dict[str, Any]
     validation, held_out = test.split(job.spec.evaluate.validation_share)
     settings = job.spec.evaluate.tokens_per_batch, job.spec.task.label_softmax
     with job.progress.stage(f"evaluate-{name}", len(test), "documents") as stage:
-        loaded = load_model(folder, torch_dtype(job.spec.gradients.dtype), device, remote)
+        path = folder if os.path.isabs(folder) else local_copy(job.run, folder)
+        loaded = load_model(path, torch_dtype(job.spec.gradients.dtype), device, remote)
         before = None
         if len(validation):
             before = evaluate_model(loaded, job.encoder, validation, *settings)

@@ -83,9 +83,9 @@ def _inputs(job: Job, plan: Plan) -> dict[str, Any]:
 
 
 def _extract(job: Job, ready: Prepared, inputs: dict[str, Any]) -> dict[str, Any]:
-    _warn_models(job)
     plan, target = ready.plan, ready.target
     delta, delta_norm = ready.delta or target.project(job.endpoints)
+    _warn_models(job, target, delta_norm)
     stamp = fingerprint(inputs)
     shape = StoreShape(len(job.spec.gradients.fractions), plan.n_rows, target.dim, plan.partition_rows)
     about = {"fingerprint": stamp, "projector": target.projector().describe(), "delta_norm": delta_norm}
@@ -200,7 +200,7 @@ def _result(
     }
 
 
-def _warn_models(job: Job) -> None:
+def _warn_models(job: Job, target: Target, delta_norm: float) -> None:
     endpoints = job.endpoints
     extra = added_tokens(endpoints.base, endpoints.finetuned)
     if extra:
@@ -209,6 +209,14 @@ def _warn_models(job: Job) -> None:
             f"the fine-tuned model has {len(extra)} tokens of its own ({', '.join(extra[:3])}...): they are left "
             "out, the models are compared on the shared vocabulary.",
         )
-    for name, path in (("base", endpoints.base), ("finetuned", endpoints.finetuned)):
-        if is_quantised(path):
-            job.progress.warn(STAGE, f"models.{name} is quantised: part of Delta is quantisation noise.")
+    models = job.spec.models
+    both = ((models.base, endpoints.base), (models.finetuned, endpoints.finetuned))
+    sides = tuple(i for i, (name, path) in enumerate(both) if name.endswith(".gguf") or is_quantised(path))
+    if sides:
+        share = target.noise(endpoints, sides) / max(delta_norm, 1e-30)
+        names = " and ".join(("models.base", "models.finetuned")[side] for side in sides)
+        job.progress.warn(
+            STAGE,
+            f"{names} quantised: rounding noise of about {share:.0%} of Delta's norm on the chosen layers is to "
+            "be expected.",
+        )

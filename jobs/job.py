@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import transformers
 
 from engine.checkpoints import Endpoints
 from engine.encode import Encoder
+from engine.errors import UserError
 from engine.models import load_tokenizer, resolve
 from engine.rundir import ENDPOINTS, RunDir, fingerprint
 from engine.spec import RunSpec
@@ -86,8 +88,20 @@ class Job:
         return {f"{name}.{field}": value for field, value in fields.items() if field not in without}
 
 
+def local_copy(run: RunDir, name: str) -> str:
+    """A path of this host for a folder of the run: where it is, or a copy when the run is on an object store."""
+    if run.local:
+        return run.path(name)
+    folder = os.path.join(_scratch(run.uri), name)
+    shutil.rmtree(folder, ignore_errors=True)
+    run.fs.get(run.path(name) + "/", folder + "/", recursive=True)
+    return folder
+
+
 def _scratch(uri: str) -> str:
     """A folder of this host for models converted for a run on an object store."""
     folder = os.path.join(tempfile.gettempdir(), f"unbake-{fingerprint(uri)[:16]}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
+    if os.stat(folder).st_uid != os.getuid():
+        raise UserError(f"{folder} belongs to somebody else: set TMPDIR to a folder of your own.")
     return folder

@@ -54,11 +54,11 @@ def retrain(job: Job) -> dict[str, Any]:
 
 
 def retrained(job: Job, strategy: Strategy, seed: int) -> tuple[str, str] | None:
-    """(folder, fingerprint) of a retrained model, or None when there is none."""
+    """(folder within the run, fingerprint) of a retrained model, or None when there is none."""
     stage = _stage(strategy, seed)
     if not job.run.exists(f"stages/{stage}.json"):
         return None
-    return job.run.path(job.run.model_name(strategy, seed)), job.run.stage_fingerprint(stage)
+    return job.run.model_name(strategy, seed), job.run.stage_fingerprint(stage)
 
 
 def _stage(strategy: Strategy, seed: int) -> str:

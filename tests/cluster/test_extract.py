@@ -27,6 +27,7 @@ from engine.store import QUARANTINED, VALID, GradientStore, StoreShape
 from engine.target import choose_target
 from jobs.extract import extract, prepare
 from jobs.job import Job
+from jobs.select import select
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -228,3 +229,13 @@ def test_only_receipts_come_back_to_the_driver(one_actor: Path, receipts: list[d
     assert sorted(receipt["partition"] for receipt in receipts) == list(range(9))
     assert sum(receipt["rows"] for receipt in receipts) == 200
     assert max(len(json.dumps(receipt)) for receipt in receipts) < 300
+
+
+def test_a_failed_selection_is_not_held_against_the_run(
+    models: tuple[str, str], tmp_path: Path, one_actor: Path, tiny_corpus: str
+) -> None:
+    run = Path(shutil.copytree(one_actor, tmp_path / "run"))
+    with pytest.raises(UserError, match=r"select\.size is 201"):
+        select(Job(make_spec(run, models, tiny_corpus, select={"size": 201}), quiet=True))
+    select(Job(make_spec(run, models, tiny_corpus, select={"size": 7}), quiet=True))
+    assert pq.read_table(run / "selection.parquet").num_rows == 7

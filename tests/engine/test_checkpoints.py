@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from engine.checkpoints import Endpoints, added_tokens
 from engine.errors import UserError
 from engine.models import load_model, load_tokenizer
+from engine.target import rounding_noise
 
 
 def edit_config(folder: Path, **fields: Any) -> None:
@@ -139,6 +140,19 @@ def test_changed_layers_come_with_their_share_largest_first(pair: tuple[Path, Pa
     changed = Endpoints(str(pair[0]), str(pair[1])).changed()
     assert list(changed) == names[::-1]
     assert list(changed.values()) == pytest.approx([0.5, 0.1], rel=1e-5)
+
+
+@pytest.mark.parametrize("levels", [16, 256])
+def test_the_noise_of_quantised_weights_is_estimated_from_their_grid(levels: int) -> None:
+    """Rounded block by block to a grid as GGUF's Q4_1 (16 levels) and Q8_0 do, the error has the norm expected."""
+    weights = torch.randn(256, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    blocks = weights.reshape(-1, 32)
+    low, high = blocks.min(1, keepdim=True).values, blocks.max(1, keepdim=True).values
+    step = ((high - low) / (levels - 1)).half().double()
+    rounded = (((blocks - low) / step).round() * step + low.half()).float().reshape(256, 256)
+    error = float((rounded.double() - weights).square().sum())
+    assert rounding_noise(rounded) == pytest.approx(error, rel=0.25 if levels == 16 else 1)
+    assert rounding_noise(weights.float()) < 0.01 * error or levels == 256
 
 
 def endpoints_at(endpoints: Endpoints, model: Any, fraction: float) -> dict[str, torch.Tensor]:

@@ -161,3 +161,7 @@ def test_what_is_no_spec_is_said_in_one_sentence(yaml: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         RunSpec.from_yaml(yaml, "run.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_section_has_its_defaults() -> None:
+    assert RunSpec.from_dict({**CLASSIFY, "evaluate": None}) == RunSpec.from_dict(CLASSIFY)

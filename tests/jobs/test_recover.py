@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from engine.rundir import RunDir
 from engine.spec import RunSpec
 from engine.store import GradientStore
 from jobs.__main__ import main
+from jobs.job import local_copy
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +210,22 @@ def test_one_more_strategy_repeats_nothing(run: Path, spec: Path, capsys: pytest
     after = contents(run)
     assert {n for n in before if before[n] != after[n]} <= {"metrics.json", "report.html", "spec.yaml"}
     assert "models/loss_min-0/model.safetensors" in after
+
+
+def test_a_folder_of_a_remote_run_is_copied_to_this_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    remote = RunDir(f"memory://{tmp_path.name}/run")
+    remote.write_bytes("models/greedy-0/config.json", b"{}")
+    for content in (b"1", b"2"):
+        remote.write_bytes("models/greedy-0/deep/er", content)
+        copy = Path(local_copy(remote, "models/greedy-0"))
+        assert copy.is_relative_to(tmp_path)
+        assert {p.name: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == {
+            "config.json": b"{}",
+            "er": content,
+        }
+    remote.remove("")
+    local = RunDir(str(tmp_path / "run"))
+    assert local_copy(local, "models/x") == str(tmp_path / "run/models/x")
