@@ -17,6 +17,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,7 +266,68 @@ def authors(run: str, n: int, k: int) -> dict[str, Any]:
     return {"rows": rows, "ms_per_pick": 1e3 * float(np.median(times))}
 
 
-CONTESTANTS = {"certified": certified, "plain": plain, "authors": authors, "make_store": make_store}
+class Counted:
+    """Shards whose round trips are counted."""
+
+    def __init__(self, shards: Any) -> None:
+        self.ahead, self.rounds, self._shards = shards.ahead, 0, shards
+
+    def answer(self, request: Any) -> Any:
+        """See `Shards.answer`."""
+        self.rounds += 1
+        return self._shards.answer(request)
+
+
+def sharded(run: str, n: int, k: int, counts: list[int]) -> list[dict[str, Any]]:
+    """Certified greedy in this process, then with index shards in Ray actors: time and round trips."""
+    os.environ.update(RAY_AUTH_MODE="disabled", OMP_NUM_THREADS="1")
+    import functools
+
+    import ray
+
+    from cluster.select import ray_shards
+    from engine.select import Columns, local_shards, select
+    from engine.spec import Select
+
+    own = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # another Ray on this machine must not be found
+    quiet: dict[str, Any] = {
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "object_store_memory": 200 << 20,
+    }
+    ray.init(address="local", num_cpus=8, _temp_dir=own, **quiet)
+    rows, table = open_prefix(run, n), []
+    for count in [0, *counts]:
+        made, picked = [], []
+        factory = ray_shards(functools.partial(open_prefix, run, n), count) if count else local_shards
+
+        def counted(*arguments: Any, factory: Any = factory, made: list[Any] = made) -> Any:
+            made.append(Counted(factory(*arguments)))
+            return made[0]
+
+        chosen = select(
+            rows,
+            Columns(),
+            Select(size=k),
+            lambda *_, p=picked: p.append(time.perf_counter()),
+            shards=counted,
+        )
+        ms = 1e3 * (picked[-1] - picked[0]) / (k - 1)
+        table.append(
+            {"shards": count, "ms_per_pick": ms, "rounds": made[0].rounds, "rows": chosen.rows.tolist()}
+        )
+    ray.shutdown()
+    shutil.rmtree(own, ignore_errors=True)
+    return table
+
+
+CONTESTANTS = {
+    "sharded": sharded,
+    "certified": certified,
+    "plain": plain,
+    "authors": authors,
+    "make_store": make_store,
+}
 
 
 def apart(name: str, *arguments: Any) -> Any:
@@ -332,6 +394,19 @@ def scaling(run: str, kind: str, sizes: list[int], dim: int, k: int, checks: int
     return table
 
 
+def shards(run: str, n: int, dim: int, k: int) -> list[dict[str, Any]]:
+    """Shards beside one process."""
+    print(f"\nindex shards in Ray actors, real, N = {n:,}, d = {dim}, k = {k}")
+    print("     shards  ms/pick  round trips  picks as serial")
+    table = apart("sharded", run, n, k, [1, 2, 4])
+    for got in table:
+        name = got["shards"] or "in process"
+        print(
+            f"{name!s:>11} {got['ms_per_pick']:8.2f} {got['rounds']:12} {same(got['rows'], table[0]['rows']):>16}"
+        )
+    return table
+
+
 def figure(path: str, table: list[dict[str, Any]]) -> None:
     """Rows compared and rows read per pick (running mean of 20), one curve a run."""
     import matplotlib
@@ -369,7 +444,7 @@ def main() -> None:
     parser.add_argument("--json", help="write every number here")
     parser.add_argument("--figure", help="write the figure of rows per pick here (svg)")
     parser.add_argument("--folder", default="runs/bench-select", help="for stores and cached states (3 GB)")
-    parser.add_argument("--only", choices=["compare", "scaling", "flat"], help="one part alone")
+    parser.add_argument("--only", choices=["compare", "scaling", "flat", "shards"], help="one part alone")
     parser.add_argument("--kinds", nargs="+", default=["real", "spectrum1.5"])
     parser.add_argument("--apart", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -381,7 +456,7 @@ def main() -> None:
         return
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    quick, results = options.quick, {"compare": [], "scaling": [], "flat": []}
+    quick, results = options.quick, {"compare": [], "scaling": [], "flat": [], "shards": []}
     share = 0.08 if quick else 1.0
     sizes = [10_000, 30_000] if quick else [10_000, 30_000, 100_000, 300_000, 1_000_000]
     (n, dim), k = ((10_000, 1024), 200) if quick else ((100_000, 4096), 1000)
@@ -400,6 +475,11 @@ def main() -> None:
             run = apart("make_store", str(folder), f"spectrum{power}", 10_000, 1024, share)
             results["flat"] += scaling(run, f"spectrum{power}", [10_000], 1024, 50 if quick else 300, 2)
             shutil.rmtree(run)
+    if options.only in (None, "shards"):
+        n = 10_000 if quick else 100_000
+        run = apart("make_store", str(folder), "real", n, 1024, share)
+        results["shards"] = shards(run, n, 1024, k)
+        shutil.rmtree(run)
     if options.json:
         Path(options.json).write_text(json.dumps(results))
     if options.figure:
