@@ -64,6 +64,8 @@ def read_footer(file: str, size: int) -> Footer:
         if length > len(tail):
             tail = fs.cat_file(path, start=size - length, end=size)
         metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + tail[-length:]))
+        if sum(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)) != metadata.num_rows:
+            raise ValueError("its footer is broken: the rows of its row groups do not add up")
         return Footer(
             metadata.num_rows,
             metadata.schema.to_arrow_schema(),
