@@ -19,8 +19,6 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import UserError, first_line
 
-TOKENIZER_HINT = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
 
 @dataclass(frozen=True)
 class Head:
