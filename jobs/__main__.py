@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from engine.errors import UserError
@@ -73,10 +73,10 @@ def _usage() -> str:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    if command == "demo":
-        from jobs.demo import main as demo
-
-        return demo(arguments)
+    """Run a command: its module's `main(arguments)` where it reads options of its own, else `command(Job)`."""
+    module = importlib.import_module(f"jobs.{command}")  # only the one that runs is imported
+    if hasattr(module, "main"):
+        return module.main(arguments)
     from jobs.options import read_spec, spec_parser
 
     parser = spec_parser(command, COMMANDS[command])
@@ -91,15 +91,8 @@ def _run(command: str, arguments: list[str]) -> int:
         return 0
     from jobs.job import Job
 
-    _function(command)(Job(spec, quiet=options["quiet"], verbose=options["verbose"]))
+    getattr(module, command)(Job(spec, quiet=options["quiet"], verbose=options["verbose"]))
     return 0
-
-
-def _function(command: str) -> Callable[[Any], Any]:
-    """A command's function, imported only when it is the one that runs."""
-    import importlib
-
-    return getattr(importlib.import_module(f"jobs.{command}"), command)
 
 
 def _features_options(parser: argparse.ArgumentParser) -> None:
