@@ -290,7 +290,9 @@ def _from_gguf(source: str, target: str) -> str:
         return target
     folder, name = os.path.split(os.path.abspath(source))
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.float32, **_dequantised()
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"cannot read the GGUF file {source}: {first_line(error)}.") from None
@@ -301,6 +303,12 @@ def _from_gguf(source: str, target: str) -> str:
     model.is_quantized = False
     save(model, tokenizer, target, notes={CONVERTED: origin})
     return target
+
+
+def _dequantised() -> dict[str, Any]:
+    """Newer transformers keep GGUF weights packed where a kernel allows it; older ones know no other way."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}
 
 
 def _from_hub(name: str, revision: str | None) -> str:
