@@ -231,9 +231,9 @@ def in_memory(run: str, n: int, dtype: str) -> np.ndarray:
 
 def plain(run: str, n: int, k: int, dtype: str) -> dict[str, Any]:
     """Plain exact greedy in memory: a, n and c of every row, c updated by one product per pick."""
+    start = time.perf_counter()
     g, target = in_memory(run, n, dtype), open_prefix(run, n).target
     u = (target / np.linalg.norm(target)).astype(dtype)
-    start = time.perf_counter()
     a, norm2, c = g @ u, np.einsum("nd,nd->n", g, g), np.zeros(n)
     taken, along, square, rows, times = np.zeros(n, bool), 0.0, 0.0, [], []
     setup = time.perf_counter() - start
@@ -252,9 +252,11 @@ def plain(run: str, n: int, k: int, dtype: str) -> dict[str, Any]:
 
 def authors(run: str, n: int, k: int) -> dict[str, Any]:
     """The authors' procedure as METHOD describes it: normalise all rows, multiply, mask, argmax, add to all rows."""
+    start = time.perf_counter()
     g, target = in_memory(run, n, "float64"), open_prefix(run, n).target
     u = target / np.linalg.norm(target)
     sums, mask, rows, times = g.copy(), np.zeros(n), [], []
+    setup = time.perf_counter() - start
     for _ in range(k):
         start = time.perf_counter()
         similarity = (sums / np.linalg.norm(sums, axis=1, keepdims=True)) @ u
@@ -263,7 +265,7 @@ def authors(run: str, n: int, k: int) -> dict[str, Any]:
         sums += g[best]
         rows.append(best)
         times.append(time.perf_counter() - start)
-    return {"rows": rows, "ms_per_pick": 1e3 * float(np.median(times))}
+    return {"rows": rows, "ms_per_pick": 1e3 * float(np.median(times)), "setup_seconds": setup}
 
 
 class Counted:
@@ -357,20 +359,21 @@ def compare(
     result["plain_float32"] = apart("plain", run, n, picks["plain"], "float32")
     result["authors"] = apart("authors", run, n, picks["authors"])
     print(
-        f"\n{kind}, N = {n:,}, d = {dim}: k = {k}, total {ours['seconds']:.1f} s, peak {ours['peak_mb']:.0f} MB"
+        f"\n{kind}, N = {n:,}, d = {dim}: k = {k}, total with index and report {ours['seconds']:.1f} s, "
+        f"peak {ours['peak_mb']:.0f} MB"
     )
     print(
         f"  certified {ours['ms_per_pick']:9.2f} ms a pick; {ours['verified']} picks re-checked by full scans"
     )
-    per_pick = 1e3 * ours["seconds"] / k
     for name in ("plain_float32", "plain", "authors"):
         other = result[name]
         other["ratio"] = other["ms_per_pick"] / ours["ms_per_pick"]
-        other["ratio_of_totals"] = other["ms_per_pick"] / per_pick
+        other["seconds"] = other["setup_seconds"] + k * other["ms_per_pick"] / 1e3
+        other["ratio_of_totals"] = other["seconds"] / ours["seconds"]
         print(
             f"  {name:<13} {other['ms_per_pick']:7.1f} ms a pick over {len(other['rows'])} picks: "
-            f"{other['ratio']:.1f} x, {other['ratio_of_totals']:.1f} x with our index and report included; "
-            f"identical picks {same(other['rows'], ours['rows'])}"
+            f"{other['ratio']:.1f} x a pick; {k} picks with loading the rows {other['seconds']:.1f} s (scaled): "
+            f"{other['ratio_of_totals']:.1f} x; identical picks {same(other['rows'], ours['rows'])}"
         )
     return result
 

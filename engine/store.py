@@ -8,7 +8,6 @@ counts as written only when its completion record exists: Zarr reads missing chu
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import hashlib
 from collections.abc import Iterator
@@ -19,17 +18,19 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
 from engine.errors import UserError
 from engine.gradients import PartitionGradients
 from engine.rows import RowBlock
-from engine.rundir import DONE, STORE, RunDir
+from engine.rundir import DONE, LAYOUT, STORE, RunDir, fingerprint
 from engine.storage import reason
 
 MISSING, VALID, QUARANTINED = 0, 1, 2
 CHUNK_BYTES = 128 << 10
 """Aimed size of an inner chunk: small enough for single rows, large enough to stream (docs/decisions.md)."""
+
+_SMALL_COLUMNS = 512  # partitions whose scale and state `take` keeps: about 10 MB
 
 PER_CHECKPOINT = {"scale": "float32", "loss": "float32", "norm": "float32", "alignment": "float32"}
 PER_DOCUMENT = {"label": "int32", "confidence": "float32", "tokens": "int32", "state": "uint8"}
@@ -73,22 +74,32 @@ class GradientStore:
         with _sound(run):
             self.target: npt.NDArray[np.float64] = np.asarray(self._arrays["target"][:], np.float64)
         self.attributes: dict[str, Any] = dict(group.attrs)
+        self._small_columns: dict[int, tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]] = {}
 
     @classmethod
     def create(
         cls, run: RunDir, shape: StoreShape, target: npt.NDArray[np.float64], attributes: dict[str, Any]
     ) -> GradientStore:
-        """Lay out an empty store; an unfinished layout is replaced, one that is complete is opened instead."""
-        if run.exists(f"{STORE}/zarr.json") and "complete" in _open_group(run, "r").attrs:
-            return cls.open(run)
-        try:
-            group = zarr.create_group(_backend(run, read_only=False), overwrite=True)
-            _create_arrays(group, shape, target)
-            group.attrs.update({**attributes, "partition_rows": shape.partition_rows})
-            group.attrs["complete"] = True
-        except OSError as error:
-            raise UserError(f"cannot create the store {run.path(STORE)}: {reason(error)}.") from None
-        return cls(run, group)
+        """Lay out an empty store, or open the one that is there; a damaged layout is mended, partitions stay.
+
+        Raises:
+            UserError: no space or permission, or a damaged layout that was made from other inputs.
+        """
+        layout = _layout(shape, target, attributes)
+        known = run.read_json(LAYOUT) if run.exists(LAYOUT) else None
+        for name, data in layout.items():
+            if known is None:
+                run.write_bytes(f"{STORE}/{name}", data)
+            elif not _intact(run, name, known):
+                if content_hash(data) != known.get(name):
+                    raise UserError(
+                        f"{run.path(STORE)}/{name} is damaged, and was not made from what this run would make "
+                        f"it from: remove {run.path('')} and extract again."
+                    )
+                run.write_bytes(f"{STORE}/{name}", data)
+        if known is None:
+            run.write_json(LAYOUT, {name: content_hash(data) for name, data in layout.items()})
+        return cls.open(run, writable=True)
 
     @classmethod
     def open(cls, run: RunDir, writable: bool = False) -> GradientStore:
@@ -116,6 +127,7 @@ class GradientStore:
             truncated: documents that were cut before they were encoded.
         """
         start = partition * self.block_rows
+        self._small_columns.pop(partition, None)
         n = len(gradients.label)
         state = np.full(n, VALID, np.uint8)
         state[list(gradients.problems)] = QUARANTINED
@@ -130,6 +142,7 @@ class GradientStore:
                 raise UserError(
                     f"cannot write partition {partition} to {self.run.path(STORE)}: {reason(error)}."
                 ) from None
+        self.run.sync(self.objects(partition))
         record = {
             "partition": partition,
             "rows": n,
@@ -141,31 +154,36 @@ class GradientStore:
                 [start + i, ids.get(i, ""), why] for i, why in sorted(gradients.problems.items())
             ],
         }
-        self.run.write_json(f"{DONE}/{partition:08d}.json", record)
+        record["check"] = fingerprint(record)[:16]
+        self.run.write_json(record_name(partition), record)
         return record
 
-    def done(self, fingerprint: str) -> dict[int, dict[str, Any]]:
-        """Completion records with the right fingerprint, by partition; not of those that lost an object."""
-        records = {}
-        present = self._present()
-        for name in self.run.names(DONE):
-            if not name.startswith(".") and name.endswith(".json"):
-                record = self.run.read_json(f"{DONE}/{name}")
-                if record["fingerprint"] == fingerprint and int(record["partition"]) in present:
-                    records[int(record["partition"])] = record
-        return records
+    def objects(self, partition: int) -> list[str]:
+        """Names, within the run, of the objects that hold a partition."""
+        per_document = [f"{STORE}/{name}/c/{partition}" for name in PER_DOCUMENT]
+        per_checkpoint = [f"{STORE}/{name}/c/0/{partition}" for name in PER_CHECKPOINT]
+        shards = [f"{STORE}/features/c/{j}/{partition}/0" for j in range(self.n_checkpoints)]
+        return shards + per_checkpoint + per_document
 
-    def _present(self) -> set[int]:
-        """Partitions of which every column has its objects, by one listing of the store."""
-        found: collections.Counter[int] = collections.Counter()
-        for path in self.run.walk(STORE):
-            _, name, *key = path.split("/")  # e.g. gradients.zarr/features/c/<checkpoint>/<partition>/0
-            if name in PER_DOCUMENT and len(key) == 2:
-                found[int(key[1])] += 1
-            elif (name == "features" or name in PER_CHECKPOINT) and len(key) > 2:
-                found[int(key[2])] += 1
-        whole = self.n_checkpoints + len(PER_CHECKPOINT) + len(PER_DOCUMENT)
-        return {partition for partition, objects in found.items() if objects == whole}
+    def sweep(self) -> None:
+        """Remove what writers that were killed left half-written; nobody else may be writing."""
+        if self.run.local:  # on an object store a write that is cut off leaves nothing to see
+            for name in [*self.run.walk(STORE), *self.run.walk(DONE)]:
+                if name.endswith(".partial") or name.rsplit("/", 1)[-1].startswith("."):
+                    self.run.remove(name)
+
+    def done(self, fingerprint: str) -> dict[int, dict[str, Any]]:
+        """Sound completion records with the right fingerprint, by partition; not of those that lost an object."""
+        names = set(self.run.walk(STORE))
+        records = {}
+        for partition, record in read_records(self.run).items():
+            if (
+                record is not None
+                and record["fingerprint"] == fingerprint
+                and names.issuperset(self.objects(partition))
+            ):
+                records[partition] = record
+        return records
 
     def column(self, name: str, checkpoint: int | None = None) -> npt.NDArray[Any]:
         """A whole column: (N,), or (P, N) for per-checkpoint columns unless one checkpoint is asked for."""
@@ -190,12 +208,28 @@ class GradientStore:
 
     def take(self, rows: npt.NDArray[np.int64]) -> RowBlock:
         """See `engine.rows.Rows.take`; UserError when a chunk fails its checksum."""
+        scale, state = np.empty((self.n_checkpoints, rows.size), np.float32), np.empty(rows.size, np.uint8)
         with _sound(self.run):
-            return RowBlock(
-                np.asarray(self._arrays["features"].oindex[:, rows]),
-                np.asarray(self._arrays["scale"].oindex[:, rows]),
-                np.asarray(self._arrays["state"].oindex[rows]) == VALID,
+            features = np.asarray(self._arrays["features"].oindex[:, rows])
+            for partition, first in zip(*np.unique(rows // self.block_rows, return_index=True), strict=True):
+                stop = np.searchsorted(rows, (partition + 1) * self.block_rows)
+                here = rows[first:stop] - partition * self.block_rows
+                scales, states = self._small(int(partition))
+                scale[:, first:stop], state[first:stop] = scales[:, here], states[here]
+        return RowBlock(features, scale, state == VALID)
+
+    def _small(self, partition: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+        """Scale (P, rows) and state (rows,) of a partition; those asked for lately stay in memory, for a
+        random read wants a few numbers of each and would fetch whole objects."""
+        if partition not in self._small_columns:
+            if len(self._small_columns) >= _SMALL_COLUMNS:
+                del self._small_columns[next(iter(self._small_columns))]
+            part = slice(partition * self.block_rows, (partition + 1) * self.block_rows)
+            self._small_columns[partition] = (
+                np.asarray(self._arrays["scale"][:, part]),
+                np.asarray(self._arrays["state"][part]),
             )
+        return self._small_columns[partition]
 
 
 @contextlib.contextmanager
@@ -213,6 +247,64 @@ def _sound(run: RunDir) -> Iterator[None]:
 def _rows(name: str, start: int, stop: int) -> tuple[slice, ...]:
     """Trailing index of a column's rows: features have one more axis after them."""
     return (slice(start, stop), slice(None)) if name == "features" else (slice(start, stop),)
+
+
+def record_name(partition: int) -> str:
+    """Name, within the run, of a partition's completion record."""
+    return f"{DONE}/{partition:08d}.json"
+
+
+def read_records(run: RunDir) -> dict[int, dict[str, Any] | None]:
+    """Completion records by partition; None in place of one that is not what was written."""
+    found: dict[int, dict[str, Any] | None] = {}
+    for name in run.names(DONE):
+        stem = name.removesuffix(".json")
+        if stem.isdecimal() and stem != name:
+            found[int(stem)] = _record(run, int(stem))
+    return found
+
+
+def _record(run: RunDir, partition: int) -> dict[str, Any] | None:
+    try:
+        record = run.read_json(record_name(partition))
+        check = record.pop("check")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
+    sound = check == fingerprint(record)[:16] and record["partition"] == partition
+    return {**record, "check": check} if sound else None
+
+
+def content_hash(data: bytes) -> str:
+    """sha256 of a file of the layout, as its record holds it."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def damaged_layout(run: RunDir) -> list[str]:
+    """Names, within the store, of layout files that are missing or not what was written; UserError: no record."""
+    try:
+        known = dict(run.read_json(LAYOUT))
+    except FileNotFoundError:
+        raise UserError(f"{run.uri} has no {LAYOUT}, the checksums of its store's layout.") from None
+    except (ValueError, TypeError):
+        return [f"../{LAYOUT}"]
+    return [name for name in known if not _intact(run, name, known)]
+
+
+def _intact(run: RunDir, name: str, known: dict[str, str]) -> bool:
+    try:
+        return content_hash(run.read_bytes(f"{STORE}/{name}")) == known.get(name)
+    except FileNotFoundError:
+        return False
+
+
+def _layout(shape: StoreShape, target: npt.NDArray[np.float64], attributes: dict[str, Any]) -> dict[str, bytes]:
+    """An empty store as files, name -> bytes: equal arguments, equal bytes."""
+    files: dict[str, Any] = {}
+    group = zarr.create_group(
+        MemoryStore(files), attributes={**attributes, "partition_rows": shape.partition_rows}
+    )
+    _create_arrays(group, shape, target)
+    return {name: buffer.to_bytes() for name, buffer in sorted(files.items())}
 
 
 def _create_arrays(group: zarr.Group, shape: StoreShape, target: npt.NDArray[np.float64]) -> None:

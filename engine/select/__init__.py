@@ -14,13 +14,24 @@ from engine.select.baselines import alignment, at_random, by_score
 from engine.select.external import open_features
 from engine.select.greedy import Greedy, LocalShards, Shards, verify
 from engine.select.journal import Journal, digest
-from engine.select.objective import Bools, Ints, unit_target
+from engine.select.objective import Bools, Floats, Ints, unit_target
 from engine.select.selection import Certificate, Columns, RandomPath, Selection, random_path, walk
 from engine.select.shard import Shard
+from engine.select.view import View, view_of
+from engine.select.weights import nnls_weights
 from engine.spec import Select
 from engine.storage import Folder
 
-__all__ = ["Certificate", "Columns", "RandomPath", "Selection", "open_features", "select"]
+__all__ = [
+    "Certificate",
+    "Columns",
+    "RandomPath",
+    "Selection",
+    "View",
+    "open_features",
+    "select",
+    "view_of",
+]
 
 Progress = Callable[[int, int], None]
 Labels = npt.NDArray[np.int32]
@@ -39,8 +50,8 @@ def select(
     """Choose `spec.size` rows by `spec.strategy`.
 
     Args:
-        rows: the store.
-        columns: labels and losses, for the strategies that need them.
+        rows: the store, or the `view_of` it that `spec` asks for (made here if it is not one yet).
+        columns: labels, losses and the like, for the strategies and filters that need them.
         progress: called with (picks done, picks in all).
         journal: folder that keeps the picks of greedy strategies while they are made; a selection that was
             killed goes on from it, to the same bytes.
@@ -50,6 +61,7 @@ def select(
         UserError: fewer eligible rows than `spec.size`, a column that the strategy needs is absent, the
             target is zero, or the journal is another selection's.
     """
+    rows = view_of(rows, spec)
     eligible = _eligible(rows, columns, spec)
     label = _labels(columns, spec) if spec.strategy.endswith("_balanced") else None
     certificate, checked = None, list[int]()
@@ -94,6 +106,7 @@ def _described(
         objective=objective,
         gain=np.diff(objective, prepend=0.0),
         norm=path.norm[:kept],
+        weight=_weights(rows, spec, order[:kept]),
         path=path.objective,
         peak_size=peak,
         peak_value=float(path.objective[peak - 1]),
@@ -102,6 +115,7 @@ def _described(
         summary={
             "strategy": spec.strategy,
             "rows": spec.rows,
+            "target": spec.target,
             "documents": rows.n_rows,
             "eligible": int(eligible.sum()),
             "selected": kept,
@@ -130,7 +144,7 @@ def _summary(certificate: Certificate, checked: list[int]) -> dict[str, Any]:
 
 def _inputs(rows: Rows, spec: Select, eligible: Bools, label: Labels | None) -> dict[str, Any]:
     """All that greedy picks depend on, but for the rows themselves, which resuming compares."""
-    fields = ("strategy", "size", "rows") + (("batch_size",) if spec.strategy == "greedy_batched" else ())
+    fields = ("strategy", "size", "rows", "precondition") + (("batch_size",) if spec.strategy == "greedy_batched" else ())
     return {
         **{name: getattr(spec, name) for name in fields},
         "shape": [rows.n_checkpoints, rows.n_rows, rows.dim],
@@ -146,6 +160,11 @@ def _eligible(rows: Rows, columns: Columns, spec: Select) -> Bools:
         eligible, what = eligible & (_labels(columns, spec) >= 0), "valid documents with a label"
     if spec.strategy.startswith("loss_"):
         eligible, what = eligible & np.isfinite(_losses(columns, spec)), "valid documents with a finite loss"
+    if spec.min_confidence > 0:
+        what += f" that the fine-tuned model is at least {spec.min_confidence:g} sure of"
+        eligible = eligible & (_confidences(columns) >= spec.min_confidence)
+    if columns.repeats is not None:
+        eligible, what = eligible & ~columns.repeats, f"{what} that repeat none"
     count = int(eligible.sum())
     if spec.size > count:
         raise UserError(
@@ -174,6 +193,16 @@ def _labels(columns: Columns, spec: Select) -> Labels:
     if columns.label is None:
         raise UserError(f"select.strategy={spec.strategy} balances labels, but the store has none.")
     return columns.label
+
+
+def _confidences(columns: Columns) -> npt.NDArray[np.float32]:
+    if columns.confidence is None:
+        raise UserError("select.min_confidence needs the confidence of each document, and the store has none.")
+    return columns.confidence
+
+
+def _weights(rows: Rows, spec: Select, order: Ints) -> Floats:
+    return np.ones(order.size) if spec.weights == "equal" else nnls_weights(rows, order, spec.rows)
 
 
 def _losses(columns: Columns, spec: Select) -> npt.NDArray[np.float32]:

@@ -16,10 +16,13 @@ _TAKEN_NUMBERS = 1 << 21  # numbers of picked rows held in float64 at once
 
 @dataclass(frozen=True)
 class Columns:
-    """Per-row columns of the store. label: (N,) int32, -1 for none; loss: (N,) float32 at theta_f."""
+    """Per-row columns of the store. label: (N,) int32, -1 for none; loss: (N,) float32 at theta_f; confidence:
+    (N,) float32; repeats: (N,) bool, rows that repeat an earlier one."""
 
     label: npt.NDArray[np.int32] | None = None
     loss: npt.NDArray[np.float32] | None = None
+    confidence: npt.NDArray[np.float32] | None = None
+    repeats: Bools | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Selection:
     """The selected rows in pick order, and how good they are.
 
     rows: (k,) int64. objective: (k,) f of the set after each pick. gain: (k,) its increments, from
-    f(empty) = 0. norm: (k,) norm of each raw gradient, mean over checkpoints. path: objective of the whole
+    f(empty) = 0. norm: (k,) norm of each raw gradient, mean over checkpoints. weight: (k,) of each document in
+    the loss of a retraining, mean 1. path: objective of the whole
     path, longer than `objective` when the selection was cut at the peak. peak_size, peak_value: the shortest
     prefix with the largest f. summary: JSON-able numbers for the report.
     """
@@ -65,6 +69,7 @@ class Selection:
     objective: Floats
     gain: Floats
     norm: Floats
+    weight: Floats
     path: Floats
     peak_size: int
     peak_value: float

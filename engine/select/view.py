@@ -1,0 +1,87 @@
+"""The view of a store that a selection sees: another target for negative controls, preconditioned rows.
+
+A view changes what is asked, never the store: every strategy, the certificate and the shards work on it as on
+the store itself, because all it does to a row is one float32 product a number, which no batch can change.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.rows import RowBlock, Rows
+from engine.select.objective import Floats, stream, vectors
+from engine.spec import Select
+
+FLOOR = 1e-6
+"""Second moments below this share of their mean are taken for that much: Adam's epsilon, free of units."""
+
+
+class View:
+    """Rows of a store with another target and, with `scale`, every number times its column's.
+
+    Args:
+        rows: the store.
+        target: (d,) float64 in place of the store's.
+        scale: (d,) float32, or None for rows as they are.
+    """
+
+    def __init__(self, rows: Rows, target: Floats, scale: npt.NDArray[np.float32] | None = None) -> None:
+        self._rows, self.target, self.scale = rows, target, scale
+        self.n_checkpoints, self.n_rows, self.dim = rows.n_checkpoints, rows.n_rows, rows.dim
+        self.block_rows, self.chunk_rows = rows.block_rows, rows.chunk_rows
+
+    @property
+    def valid(self) -> npt.NDArray[np.bool_]:
+        """See `engine.rows.Rows.valid`."""
+        return self._rows.valid
+
+    def read(self, start: int, stop: int) -> RowBlock:
+        """See `engine.rows.Rows.read`."""
+        return self._scaled(self._rows.read(start, stop))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> RowBlock:
+        """See `engine.rows.Rows.take`."""
+        return self._scaled(self._rows.take(rows))
+
+    def _scaled(self, block: RowBlock) -> RowBlock:
+        if self.scale is None:
+            return block
+        return RowBlock(block.features.astype(np.float32) * self.scale, block.scale, block.valid)
+
+
+def view_of(rows: Rows, spec: Select) -> Rows:
+    """The rows that a selection works on; the store itself where nothing is asked for, a view as it is.
+
+    target=negative: -Delta. target=random: a Gaussian direction of Delta's norm, from select.seed. Both are the
+    negative control of METHOD.md. precondition=second_moment: ``g_c / sqrt(v_c)`` with v_c the mean square of
+    coordinate c over valid rows and checkpoints, the direction an Adam step takes (Kingma & Ba 2015), since
+    Delta was made of such steps and raw gradients were not.
+    """
+    if isinstance(rows, View) or (spec.target == "delta" and spec.precondition == "none"):
+        return rows
+    scale = None
+    if spec.precondition == "second_moment":
+        moment = second_moment(rows)
+        floor = FLOOR * float(moment.mean())
+        scale = (1.0 / np.sqrt(np.maximum(moment, floor if floor > 0 else 1.0))).astype(np.float32)
+    return View(rows, _target(rows.target, spec), scale)
+
+
+def second_moment(rows: Rows) -> Floats:
+    """Mean square of each coordinate over valid rows and checkpoints, (d,), in one streaming pass."""
+    total, count = np.zeros(rows.dim), 0
+    for _, piece in stream(rows):
+        g = vectors(piece, "raw")[piece.valid]
+        total += np.square(g).sum(axis=(0, 1))
+        count += g.shape[0] * g.shape[1]
+    return total / max(1, count)
+
+
+def _target(delta: Floats, spec: Select) -> Floats:
+    if spec.target == "negative":
+        return -delta
+    if spec.target == "random":
+        direction = np.random.default_rng([spec.seed, delta.size]).normal(size=delta.size)
+        return np.asarray(direction * (np.linalg.norm(delta) / np.linalg.norm(direction)))
+    return delta
