@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from engine.errors import UserError
@@ -16,9 +16,11 @@ from engine.storage import Folder
 SPEC = "spec.yaml"
 PLAN = "plan.parquet"
 STORE = "gradients.zarr"
+LAYOUT = "gradients.json"
 DONE = "done"
 SELECTION = "selection.parquet"
 COMPARISONS = "comparisons"
+DUPLICATES = "duplicates"
 QUARANTINE = "quarantine.parquet"
 TRAIN = "train"
 MODELS = "models"
@@ -75,11 +77,20 @@ class RunDir(Folder):
         if not self.exists(f"{STAGES}/{stage}.inputs.json"):
             self.write_json(f"{STAGES}/{stage}.inputs.json", inputs)
 
-    def finish(self, stage: str, inputs: dict[str, Any], result: dict[str, Any] | None = None) -> None:
-        """Write the completion record: last, and atomically."""
-        self.write_json(
-            f"{STAGES}/{stage}.json", {"fingerprint": fingerprint(inputs), "result": result or {}}
-        )
+    def finish(
+        self,
+        stage: str,
+        inputs: dict[str, Any],
+        result: dict[str, Any] | None = None,
+        outputs: Iterable[str] = (),
+    ) -> None:
+        """Write the completion record: last, and atomically. It holds the sha256 of the files `outputs`."""
+        record = {
+            "fingerprint": fingerprint(inputs),
+            "result": result or {},
+            "outputs": {name: self.digest(name) for name in outputs},
+        }
+        self.write_json(f"{STAGES}/{stage}.json", record)
 
     def stage_result(self, stage: str) -> dict[str, Any]:
         """What a completed stage left in its record."""

@@ -174,6 +174,21 @@ class Select(Section):
     stop: Literal["size", "at_peak"] = Field(
         "size", description="at_peak keeps the prefix with the largest f"
     )
+    target: Literal["delta", "negative", "random"] = Field(
+        "delta", description="what to align with; negative (-Delta) and random are negative controls"
+    )
+    min_confidence: float = Field(
+        0.0, ge=0, le=1, description="leave out documents that the fine-tuned model is less sure of"
+    )
+    dedupe: Literal["none", "exact", "near"] = Field(
+        "none", description="leave out documents that repeat an earlier one (near: extra dedupe)"
+    )
+    precondition: Literal["none", "second_moment"] = Field(
+        "none", description="divide gradients by the root of their second moment, as Adam does (exact only)"
+    )
+    weights: Literal["equal", "nnls"] = Field(
+        "equal", description="loss weights of the picks in retraining; nnls: fitted to Delta, none negative"
+    )
     index_memory_mb: int = Field(
         512, ge=1, description="greedy: most memory of the subspace index, all shards"
     )
@@ -184,6 +199,20 @@ class Select(Section):
         1, ge=1, description="greedy: shards of the index; more than one live in Ray actors, near their data"
     )
     verify: int = Field(0, ge=0, description="greedy: random picks to re-check against a full scan")
+
+
+class Lora(Section):
+    """Low-rank adapters trained in place of the weights (Hu et al., arXiv 2106.09685); needs unbake[adapters]."""
+
+    rank: int = Field(0, ge=0, description="rank r of the adapters; 0: the weights themselves are trained")
+    alpha: float = Field(16.0, gt=0, description="an adapter counts alpha / rank times")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of an adapter's input")
+    target_modules: list[str] | None = Field(
+        None, description="names of the adapted layers, as in PEFT; default: every linear layer but the head"
+    )
+    export: Literal["merged", "adapter"] = Field(
+        "merged", description="merged: a whole model; adapter: a PEFT folder to load on the base model"
+    )
 
 
 class Retrain(Section):
@@ -210,6 +239,8 @@ class Retrain(Section):
         0, ge=0, description="train only the blocks from this one up, the norm and the head"
     )
     freeze_head: bool = Field(False, description="leave the output embedding as it is (and a tied input one)")
+    freeze_body: bool = Field(False, description="train the output embedding alone, the paper's ablation")
+    lora: Lora = Lora()
     dropout: bool = Field(
         False, description="the model's own dropout; off, any number of workers trains alike"
     )
@@ -218,14 +249,22 @@ class Retrain(Section):
     patience: int | None = Field(
         None, ge=1, description="early stopping: stop after so many epochs without a better"
     )
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, description="workers of one training; with workers_max, the fewest")
+    workers_max: int | None = Field(
+        None, ge=1, description="elastic: as many workers as there is room for, up to so many"
+    )
+    parallel: int | None = Field(
+        None, ge=1, description="trainings at a time at most; default: as many as the free resources hold"
+    )
     gpus_per_worker: float | None = Field(
         None, ge=0, description="default: 1 if the cluster has GPUs, else 0"
     )
     threads: int | None = Field(
         None, ge=1, description="CPU threads of a worker; default: its share of the node"
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="DeepSpeed ZeRO stage; a single worker that offloads nothing needs no DeepSpeed"
+    )
     offload_optimizer: bool = Field(
         False, description="ZeRO 1 to 3: keep the optimizer's state in main memory"
     )
@@ -259,7 +298,34 @@ class Retrain(Section):
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
         if self.offload_parameters and self.zero_stage != 3:
             raise ValueError("offload_parameters needs zero_stage 3")
+        if self.workers_max is not None and self.workers_max < self.workers:
+            raise ValueError("workers_max must be at least workers")
+        if self.elastic and self.optimizer == "sgd":
+            raise ValueError("workers_max needs optimizer adamw or adam: another number of workers resumes those")
+        if self.elastic and self.zero_stage == 0:
+            raise ValueError("workers_max needs zero_stage 1, 2 or 3")
+        if self.lora.rank and (self.freeze_head or self.freeze_body):
+            raise ValueError("lora freezes all but its adapters: remove freeze_head and freeze_body")
+        if self.lora.rank and self.lora.dropout and not self.dropout:
+            raise ValueError("lora.dropout needs retrain.dropout, which switches every dropout on")
         return self
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change during a training."""
+        return self.workers_max is not None and self.workers_max > self.workers
+
+    @property
+    def needs_deepspeed(self) -> bool:
+        """Whether there is something to partition, offload or scale; else one worker of plain torch does."""
+        return (
+            self.workers > 1
+            or self.elastic
+            or self.offload_optimizer
+            or self.offload_parameters
+            or self.dtype == "float16"
+            or bool(self.deepspeed)
+        )
 
 
 class Evaluate(Section):

@@ -12,17 +12,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from engine.corpus import load_plan, read_rows
+from engine.corpus import load_plan, read_partition, read_rows
+from engine.corpus.duplicates import first_copies
 from engine.errors import UserError
-from engine.rundir import SELECTION, STAGES, RunDir
-from engine.select import Columns, Selection, open_features
+from engine.rows import Rows
+from engine.rundir import DUPLICATES, SELECTION, STAGES, RunDir
+from engine.select import Columns, Selection, View, open_features, view_of
 from engine.select import select as choose
 from engine.spec import Select, Strategy, section_from_fields
 from engine.storage import Folder
 from engine.store import GradientStore
 from jobs.job import Job
 
-CODE = 1
+CODE = 2
 """Raised whenever the same inputs would give other bytes."""
 
 NO_BYTES = ("index_memory_mb", "cache_memory_mb", "shards", "verify")
@@ -34,7 +36,7 @@ RANDOM: tuple[Strategy, ...] = ("random", "random_balanced")
 
 def select(job: Job) -> dict[str, Any]:
     """Select by `select.strategy` into selection.parquet."""
-    return _stage(job, job.spec.select, "select", SELECTION)
+    return select_with(job, job.spec.select, "select", SELECTION)
 
 
 def select_for(job: Job, strategy: Strategy, seed: int) -> str:
@@ -46,7 +48,7 @@ def select_for(job: Job, strategy: Strategy, seed: int) -> str:
     if settings == job.spec.select:
         return SELECTION
     name = job.run.selection_name(strategy, seed if own else None)
-    _stage(job, settings, f"select-{os.path.basename(name).removesuffix('.parquet')}", name)
+    select_with(job, settings, f"select-{os.path.basename(name).removesuffix('.parquet')}", name)
     return name
 
 
@@ -56,6 +58,10 @@ def select_features(features: str, target: str, settings: Select, out: str) -> S
     Raises:
         UserError: unreadable or mismatching files, or a strategy that needs labels or losses.
     """
+    if settings.dedupe != "none":
+        raise UserError(
+            "select.dedupe needs the documents' text, which --features does not have: leave it out."
+        )
     selection = choose(open_features(features, target), Columns(), settings)
     folder, name = os.path.split(os.path.abspath(out) if "://" not in out else out)
     Folder(folder).write_table(name, pa.table(_numbers(selection)))
@@ -67,8 +73,9 @@ def select_from_options(options: dict[str, Any]) -> None:
     if not (options["features"] and options["target"]):
         raise UserError("--features, --target and --out belong together: give the first two.")
     other = [name for name in options if "." in name and not name.startswith("select.")]
-    if other or options["config"]:
-        raise UserError(f"--features needs no run: remove --{other[0] if other else 'config'}.")
+    given = [*(f"--{name}" for name in other), options["config"], options["run"]]
+    if any(given):
+        raise UserError(f"--features needs no run: remove {next(filter(None, given))}.")
     fields = {key.removeprefix("select."): value for key, value in options.items() if "." in key}
     settings = section_from_fields(Select, fields, "the command line: select")
     out = options["out"] or "selection.parquet"
@@ -79,21 +86,27 @@ def select_from_options(options: dict[str, Any]) -> None:
     )
 
 
-def _stage(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]:
+def select_with(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]:
+    """Select by any settings into the file `name` of the run, as a stage of that name; its result."""
     inputs = {
         "extract": job.run.stage_fingerprint("extract"),
         **{f"select.{k}": v for k, v in settings.model_dump(mode="json").items() if k not in NO_BYTES},
         "code": CODE,
     }
-    return job.guarded(stage, inputs, lambda: _select(job, settings, stage, name))
+    return job.guarded(stage, inputs, lambda: _select(job, settings, stage, name), outputs=(name,))
 
 
 def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]:
     store = GradientStore.open(job.run)
-    columns = Columns(label=_labels(job, store), loss=finetuned_loss(store))
+    rows = _view(job, store, settings)
+    confidence = store.column("confidence") if settings.min_confidence else None
+    columns = Columns(_labels(job, store), finetuned_loss(store), confidence, _repeats(job, settings))
     journal = job.run.sub(f"{STAGES}/{stage}.journal")
-    with _shards(job, settings) as shards, job.progress.stage(stage, settings.size, "picks") as progress:
-        selection = choose(store, columns, settings, progress.update, journal=journal, shards=shards)
+    with (
+        _shards(job, settings, rows) as shards,
+        job.progress.stage(stage, settings.size, "picks") as progress,
+    ):
+        selection = choose(rows, columns, settings, progress.update, journal=journal, shards=shards)
         job.run.write_table(name, _table(job, store, selection))
         progress.update(settings.size)
         seconds = progress.seconds
@@ -110,7 +123,7 @@ def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]
 
 
 @contextlib.contextmanager
-def _shards(job: Job, settings: Select) -> Iterator[Any]:
+def _shards(job: Job, settings: Select, rows: Rows) -> Iterator[Any]:
     """A factory of index shards in Ray actors where more than one is asked for, else None."""
     if settings.shards == 1:
         yield None
@@ -119,12 +132,52 @@ def _shards(job: Job, settings: Select) -> Iterator[Any]:
     from cluster.session import session
 
     with session(job.spec.ray, job.verbose):
-        yield ray_shards(functools.partial(_open, job.run.uri), settings.shards)
+        view = (rows.target, rows.scale) if isinstance(rows, View) else None
+        yield ray_shards(functools.partial(_open, job.run.uri, view), settings.shards)
 
 
-def _open(uri: str) -> GradientStore:
-    """The store of a run, opened in the process of a shard."""
-    return GradientStore.open(RunDir(uri))
+def _open(uri: str, view: tuple[Any, Any] | None) -> Rows:
+    """The store of a run, or the view of it with this (target, scale), opened in the process of a shard."""
+    store = GradientStore.open(RunDir(uri))
+    return store if view is None else View(store, *view)
+
+
+def _view(job: Job, store: GradientStore, settings: Select) -> Rows:
+    """The rows that these settings select from; UserError where they mean nothing for this store."""
+    kind = store.attributes["projector"]["kind"]
+    if settings.precondition != "none" and kind != "exact":
+        raise UserError(
+            f"select.precondition=second_moment needs each weight's own coordinate, and the store is a {kind} "
+            "projection: extract with gradients.projector=exact."
+        )
+    return view_of(store, settings)
+
+
+def _repeats(job: Job, settings: Select) -> npt.NDArray[np.bool_] | None:
+    """Rows of the corpus that repeat an earlier one, (N,) bool; found once a run, by a stage of its own."""
+    kind = settings.dedupe
+    if kind == "none":
+        return None
+    plan, name = load_plan(job.run), f"{DUPLICATES}-{kind}.parquet"
+
+    def find() -> dict[str, Any]:
+        with job.progress.stage(f"dedupe-{kind}", plan.n_rows, "documents") as progress:
+
+            def texts() -> Iterator[str]:
+                for partition in range(plan.n_partitions):
+                    documents = read_partition(plan, partition, job.spec.corpus)
+                    yield from documents.text
+                    progress.advance(len(documents))
+
+            first = first_copies(texts(), kind)
+        row = np.flatnonzero(first != np.arange(first.size))
+        job.run.write_table(name, pa.table({"row": row, "repeats": first[row]}))
+        return {"documents": int(first.size), "repeats": int(row.size)}
+
+    job.guarded(f"dedupe-{kind}", {"extract": job.run.stage_fingerprint("extract"), "code": CODE}, find)
+    repeats = np.zeros(plan.n_rows, np.bool_)
+    repeats[job.run.read_table(name)["row"].to_numpy()] = True
+    return repeats
 
 
 def _labels(job: Job, store: GradientStore) -> npt.NDArray[np.int32] | None:
@@ -157,6 +210,7 @@ def _table(job: Job, store: GradientStore, selection: Selection) -> pa.Table:
         "loss": finetuned_loss(store)[rows],
         "alignment": store.column("alignment").mean(axis=0)[rows],
         "norm": numbers["norm"],
+        "weight": numbers["weight"],
         "objective": numbers["objective"],
         "gain": numbers["gain"],
     }
@@ -170,6 +224,7 @@ def _numbers(selection: Selection) -> dict[str, npt.NDArray[Any]]:
         "rank": np.arange(selection.size, dtype=np.int32),
         "row": selection.rows,
         "norm": selection.norm,
+        "weight": selection.weight,
         "objective": selection.objective,
         "gain": selection.gain,
     }

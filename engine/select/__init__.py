@@ -144,7 +144,8 @@ def _summary(certificate: Certificate, checked: list[int]) -> dict[str, Any]:
 
 def _inputs(rows: Rows, spec: Select, eligible: Bools, label: Labels | None) -> dict[str, Any]:
     """All that greedy picks depend on, but for the rows themselves, which resuming compares."""
-    fields = ("strategy", "size", "rows", "precondition") + (("batch_size",) if spec.strategy == "greedy_batched" else ())
+    fields = ["strategy", "size", "rows", "precondition"]
+    fields += ["batch_size"] if spec.strategy == "greedy_batched" else []
     return {
         **{name: getattr(spec, name) for name in fields},
         "shape": [rows.n_checkpoints, rows.n_rows, rows.dim],
@@ -197,7 +198,9 @@ def _labels(columns: Columns, spec: Select) -> Labels:
 
 def _confidences(columns: Columns) -> npt.NDArray[np.float32]:
     if columns.confidence is None:
-        raise UserError("select.min_confidence needs the confidence of each document, and the store has none.")
+        raise UserError(
+            "select.min_confidence needs the confidence of each document, and the store has none."
+        )
     return columns.confidence
 
 

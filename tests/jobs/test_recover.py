@@ -82,7 +82,7 @@ def test_every_output_is_there(run: Path) -> None:
 
 def test_the_selection_has_its_columns_and_its_texts(run: Path, tiny_corpus: str) -> None:
     table = pq.read_table(run / "selection.parquet")
-    columns = "rank row doc_id partition text label confidence loss alignment norm objective gain"
+    columns = "rank row doc_id partition text label confidence loss alignment norm weight objective gain"
     assert table.column_names == columns.split()
     rows = table.to_pydict()
     texts = [json.loads(line)["text"] for line in Path(tiny_corpus).read_text().splitlines()]
