@@ -5,7 +5,8 @@ process of plain torch, cluster/train.py has one of DeepSpeed over many workers.
 in the same order with the same weights, so their loss curves are the same but for floating-point noise.
 
 The gradient of a step is the mean over the documents of the global batch of each document's mean loss over
-its own loss tokens (METHOD section 6), however many workers, forward passes or documents the batch has.
+its own loss tokens (METHOD section 6), times its weight where documents have one, however many workers,
+forward passes or documents the batch has.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -50,7 +51,8 @@ def load_examples(table: pa.Table, encoder: Encoder) -> Ragged:
 
     Args:
         table: columns text and, in classification, label (index into task.labels); with columns prompt and
-            response the response carries the loss (loss scope response).
+            response the response carries the loss (loss scope response). A column weight, none negative,
+            says how much each document counts.
 
     Returns:
         The documents that carry loss; those that yield no loss token (empty texts) are left out.
@@ -73,6 +75,7 @@ def load_examples(table: pa.Table, encoder: Encoder) -> Ragged:
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(encoder.label_ids):
             raise UserError(f"the training documents have labels outside 0..{len(encoder.label_ids) - 1}.")
         examples = examples.with_labels(np.asarray(encoder.label_ids, np.int32)[labels])
+    examples = replace(examples, weights=_weights(table))
     carries = np.zeros(len(examples.targets) + 1, np.int64)
     np.cumsum(examples.targets != IGNORE, out=carries[1:])
     kept = np.flatnonzero(np.diff(carries[examples.offsets]))
@@ -81,6 +84,16 @@ def load_examples(table: pa.Table, encoder: Encoder) -> Ragged:
             "none of the training documents has a token that carries loss: there is nothing to train on."
         )
     return examples if len(kept) == len(examples) else _take(examples, kept)
+
+
+def _weights(table: pa.Table) -> npt.NDArray[np.float32] | None:
+    """The documents' weights; None without the column or where all are 1."""
+    if "weight" not in table.column_names:
+        return None
+    weights = table["weight"].to_numpy().astype(np.float32)
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise UserError("the training documents' weights must be finite, none negative and not all 0.")
+    return None if (weights == 1).all() else weights
 
 
 def label_rows(encoder: Encoder) -> list[int] | None:
@@ -232,6 +245,8 @@ def _step(
     loss = torch.zeros((), device=stepper.device)
     for members, weight in shares:
         losses, _ = stepper.scores(pad(examples, members).to(stepper.device))
+        if examples.weights is not None:
+            losses = losses * torch.from_numpy(examples.weights[members]).to(losses)
         # gradients are averaged over workers, the documents of a step are to be summed: hence * world
         stepper.backward(losses.sum() * (weight * stepper.world))
         loss = loss + losses.detach().sum() * weight
@@ -380,7 +395,7 @@ def train_plain(
         `metrics`. With early stopping the model is that of the best epoch.
     """
     require_dtype(retrain, model.device.type)
-    stepper = PlainStepper(prepare(model, retrain), retrain, label_ids)
+    stepper = PlainStepper(prepare(model, retrain, seed), retrain, label_ids)
     best: list[torch.Tensor] = []
 
     def keep(_: Position) -> None:
@@ -402,4 +417,5 @@ def _take(examples: Ragged, members: npt.NDArray[np.int64]) -> Ragged:
     spans = [slice(examples.offsets[i], examples.offsets[i + 1]) for i in members]
     offsets = np.concatenate([[0], np.cumsum(examples.lengths[members])])
     tokens = np.concatenate([examples.tokens[span] for span in spans])
-    return Ragged(tokens, np.concatenate([examples.targets[span] for span in spans]), offsets)
+    weights = None if examples.weights is None else examples.weights[members]
+    return Ragged(tokens, np.concatenate([examples.targets[span] for span in spans]), offsets, weights)
