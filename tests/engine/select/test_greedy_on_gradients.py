@@ -49,7 +49,8 @@ def gradients(request, tiny_base, tiny_finetuned):
     engine = GradientEngine(endpoints, encoder, target, spec)
     texts = DOCUMENTS + DOCUMENTS[::14][:20]
     found = engine.run(encoder.encode(texts))
-    assert not found.problems and len(found.label) == 300
+    assert not found.problems
+    assert len(found.label) == 300
     delta, _ = target.project(endpoints)
     return ArrayRows(found.features, delta, found.scale, block_rows=128), found.label
 
