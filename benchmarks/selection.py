@@ -11,6 +11,7 @@ resident memory is its own; totals include building the index, reading and repor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -18,12 +19,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEED = 0
@@ -280,6 +283,36 @@ class Counted:
         return self._shards.answer(request)
 
 
+class Memory:
+    """Peak memory of this process and of the shard actors, as the kernel shares pages out (PSS), sampled.
+
+    After the block: `peak_mb`, their sum; `ray_mb`, what Ray's own processes held beside them at that time.
+    """
+
+    def __enter__(self) -> Memory:
+        self.peak_mb, self.ray_mb, self._over = 0.0, 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while not self._over.wait(0.25):
+            ours, ray = me.memory_full_info().pss, 0
+            for process in me.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    if process.name().startswith("ray::ShardActor"):
+                        ours += process.memory_full_info().pss
+                    else:
+                        ray += process.memory_full_info().pss
+            if ours / 2**20 > self.peak_mb:
+                self.peak_mb, self.ray_mb = ours / 2**20, ray / 2**20
+
+
 def sharded(run: str, n: int, k: int, counts: list[int]) -> list[dict[str, Any]]:
     """Certified greedy in this process, then with index shards in Ray actors: time and round trips."""
     os.environ.update(RAY_AUTH_MODE="disabled", OMP_NUM_THREADS="1")
@@ -307,16 +340,25 @@ def sharded(run: str, n: int, k: int, counts: list[int]) -> list[dict[str, Any]]
             made.append(Counted(factory(*arguments)))
             return made[0]
 
-        chosen = select(
-            rows,
-            Columns(),
-            Select(size=k),
-            lambda *_, p=picked: p.append(time.perf_counter()),
-            shards=counted,
-        )
-        ms = 1e3 * (picked[-1] - picked[0]) / (k - 1)
+        start = time.perf_counter()
+        with Memory() as memory:
+            chosen = select(
+                rows,
+                Columns(),
+                Select(size=k),
+                lambda *_, p=picked: p.append(time.perf_counter()),
+                shards=counted,
+            )
         table.append(
-            {"shards": count, "ms_per_pick": ms, "rounds": made[0].rounds, "rows": chosen.rows.tolist()}
+            {
+                "shards": count,
+                "seconds": time.perf_counter() - start,
+                "ms_per_pick": 1e3 * (picked[-1] - picked[0]) / (k - 1),
+                "rounds": made[0].rounds,
+                "rows": chosen.rows.tolist(),
+                "peak_mb": memory.peak_mb,
+                "ray_mb": memory.ray_mb,
+            }
         )
     ray.shutdown()
     shutil.rmtree(own, ignore_errors=True)
@@ -400,12 +442,13 @@ def scaling(run: str, kind: str, sizes: list[int], dim: int, k: int, checks: int
 def shards(run: str, n: int, dim: int, k: int) -> list[dict[str, Any]]:
     """Shards beside one process."""
     print(f"\nindex shards in Ray actors, real, N = {n:,}, d = {dim}, k = {k}")
-    print("     shards  ms/pick  round trips  picks as serial")
+    print("     shards  seconds  ms/pick  round trips  picks as serial  peak MB  Ray's own MB")
     table = apart("sharded", run, n, k, [1, 2, 4])
     for got in table:
         name = got["shards"] or "in process"
         print(
-            f"{name!s:>11} {got['ms_per_pick']:8.2f} {got['rounds']:12} {same(got['rows'], table[0]['rows']):>16}"
+            f"{name!s:>11} {got['seconds']:8.1f} {got['ms_per_pick']:8.2f} {got['rounds']:12} "
+            f"{same(got['rows'], table[0]['rows']):>16} {got['peak_mb']:8.0f} {got['ray_mb']:13.0f}"
         )
     return table
 
