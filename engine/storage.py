@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -76,6 +77,21 @@ class Folder:
                 self.fs.pipe_file(path, data)
         except OSError as error:
             raise UserError(f"cannot write {path}: {reason(error)}.") from None
+
+    def digest(self, name: str) -> str:
+        """sha256 (hex) of a file; FileNotFoundError when it is not there."""
+        with self.fs.open(self.path(name), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def sync(self, names: list[str]) -> None:
+        """Bring files that others wrote to the disk, where there is one; an object store has done so already."""
+        if self.local:
+            for name in names:
+                handle = os.open(self.path(name), os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
 
     def read_json(self, name: str) -> Any:
         """Parse a JSON file."""

@@ -86,7 +86,7 @@ class GradientStore:
             UserError: no space or permission, or a damaged layout that was made from other inputs.
         """
         layout = _layout(shape, target, attributes)
-        known = run.read_json(LAYOUT) if run.exists(LAYOUT) else None
+        known = _read_layout(run)
         for name, data in layout.items():
             if known is None:
                 run.write_bytes(f"{STORE}/{name}", data)
@@ -98,7 +98,8 @@ class GradientStore:
                     )
                 run.write_bytes(f"{STORE}/{name}", data)
         if known is None:
-            run.write_json(LAYOUT, {name: content_hash(data) for name, data in layout.items()})
+            known = {name: content_hash(data) for name, data in layout.items()}
+            run.write_json(LAYOUT, {"files": known, "check": _check(known)})
         return cls.open(run, writable=True)
 
     @classmethod
@@ -154,7 +155,7 @@ class GradientStore:
                 [start + i, ids.get(i, ""), why] for i, why in sorted(gradients.problems.items())
             ],
         }
-        record["check"] = fingerprint(record)[:16]
+        record["check"] = _check(record)
         self.run.write_json(record_name(partition), record)
         return record
 
@@ -190,6 +191,15 @@ class GradientStore:
         array = self._arrays[name]
         with _sound(self.run):
             return np.asarray(array[:] if checkpoint is None else array[checkpoint])
+
+    def raw(self, name: str, start: int, stop: int, checkpoint: int | None = None) -> npt.NDArray[Any]:
+        """Rows start to stop - 1 of any column as they are stored; Zarr's own error for a damaged chunk.
+
+        Returns:
+            (n,) or (P, n); features of all checkpoints (P, n, d), of one (n, d).
+        """
+        array = self._arrays[name]
+        return np.asarray(array[... if checkpoint is None else checkpoint, *_rows(name, start, stop)])
 
     @property
     def valid(self) -> npt.NDArray[np.bool_]:
@@ -270,8 +280,12 @@ def _record(run: RunDir, partition: int) -> dict[str, Any] | None:
         check = record.pop("check")
     except (ValueError, KeyError, AttributeError, TypeError):
         return None
-    sound = check == fingerprint(record)[:16] and record["partition"] == partition
+    sound = check == _check(record) and record["partition"] == partition
     return {**record, "check": check} if sound else None
+
+
+def _check(record: dict[str, Any]) -> str:
+    return fingerprint(record)[:16]
 
 
 def content_hash(data: bytes) -> str:
@@ -280,14 +294,21 @@ def content_hash(data: bytes) -> str:
 
 
 def damaged_layout(run: RunDir) -> list[str]:
-    """Names, within the store, of layout files that are missing or not what was written; UserError: no record."""
+    """Names, within the run, of layout files that are missing or not what was written."""
+    known = _read_layout(run)
+    if known is None:
+        return [LAYOUT]
+    return [f"{STORE}/{name}" for name in known if not _intact(run, name, known)]
+
+
+def _read_layout(run: RunDir) -> dict[str, str] | None:
+    """The layout's checksums, name -> sha256, or None when their file is missing or damaged."""
     try:
-        known = dict(run.read_json(LAYOUT))
-    except FileNotFoundError:
-        raise UserError(f"{run.uri} has no {LAYOUT}, the checksums of its store's layout.") from None
-    except (ValueError, TypeError):
-        return [f"../{LAYOUT}"]
-    return [name for name in known if not _intact(run, name, known)]
+        record = run.read_json(LAYOUT)
+        files = dict(record["files"])
+        return files if record["check"] == _check(files) else None
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _intact(run: RunDir, name: str, known: dict[str, str]) -> bool:
@@ -297,7 +318,9 @@ def _intact(run: RunDir, name: str, known: dict[str, str]) -> bool:
         return False
 
 
-def _layout(shape: StoreShape, target: npt.NDArray[np.float64], attributes: dict[str, Any]) -> dict[str, bytes]:
+def _layout(
+    shape: StoreShape, target: npt.NDArray[np.float64], attributes: dict[str, Any]
+) -> dict[str, bytes]:
     """An empty store as files, name -> bytes: equal arguments, equal bytes."""
     files: dict[str, Any] = {}
     group = zarr.create_group(

@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "retrain": "train the base model on each compared strategy's selection",
     "evaluate": "judge base, fine-tuned and retrained models on the test set",
     "report": "write report.html from what the run holds",
+    "verify": "check every byte of a run directory against its records, and have damage made anew",
     "demo": "the whole job on an embedded example; nothing to download but a package",
 }
 

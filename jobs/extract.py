@@ -63,7 +63,7 @@ def extract(job: Job, prepared: Prepared | None = None) -> dict[str, Any]:
     ready = prepared or prepare(job)
     with session(job.spec.ray, job.verbose):
         inputs = _inputs(job, ready.plan)
-        return job.guarded(STAGE, inputs, lambda: _extract(job, ready, inputs), resumes=True)
+        return job.guarded(STAGE, inputs, lambda: _extract(job, ready, inputs), True, (QUARANTINE,))
 
 
 def _inputs(job: Job, plan: Plan) -> dict[str, Any]:
@@ -90,6 +90,7 @@ def _extract(job: Job, ready: Prepared, inputs: dict[str, Any]) -> dict[str, Any
     shape = StoreShape(len(job.spec.gradients.fractions), plan.n_rows, target.dim, plan.partition_rows)
     about = {"fingerprint": stamp, "projector": target.projector().describe(), "delta_norm": delta_norm}
     store = GradientStore.create(job.run, shape, delta, {**about, "fractions": job.spec.gradients.fractions})
+    store.sweep()
     done = store.done(stamp)
     todo = [p for p in range(plan.n_partitions) if p not in done]
     rows_done = sum(record["rows"] for record in done.values())

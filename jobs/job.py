@@ -35,7 +35,12 @@ class Job:
         self.progress = Progress(self.run, self.quiet)
 
     def guarded(
-        self, stage: str, inputs: dict[str, Any], work: Callable[[], dict[str, Any]], resumes: bool = False
+        self,
+        stage: str,
+        inputs: dict[str, Any],
+        work: Callable[[], dict[str, Any]],
+        resumes: bool = False,
+        outputs: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         """Run a stage unless it is complete with equal inputs; its result either way.
 
@@ -43,6 +48,7 @@ class Job:
             resumes: the stage leaves partial output that a later start goes on from, so its inputs are
                 recorded first. The inputs of other stages are recorded when they succeed: after a mistake
                 they may be mended.
+            outputs: files of the run that the stage writes; their sha256 go into the completion record.
 
         Raises:
             UserError: the run directory holds this stage's output for other inputs.
@@ -54,7 +60,7 @@ class Job:
             self._record(stage, inputs)
         result = work()
         self._record(stage, inputs)
-        self.run.finish(stage, inputs, result)
+        self.run.finish(stage, inputs, result, outputs)
         return result
 
     def _record(self, stage: str, inputs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from cluster.deepspeed_config import deepspeed_config
 from cluster.session import session
 from cluster.train import TrainJob
 from engine.errors import UserError
-from engine.rundir import TRAIN
+from engine.rundir import MODELS, TRAIN
 from engine.spec import Strategy
 from engine.storage import Folder
 from jobs.job import Job
@@ -125,6 +125,7 @@ def _train(job: Job, todo: list[tuple[str, dict[str, Any], TrainJob]]) -> dict[s
                     job.run.forget(stage)
             raise
         progress.update(total)
-    for (stage, inputs, _), result in zip(todo, results, strict=True):
-        job.run.finish(stage, inputs, result)
+    for (stage, inputs, work), result in zip(todo, results, strict=True):
+        files = job.run.walk(f"{MODELS}/{work.name}")
+        job.run.finish(stage, inputs, result, files)
     return {work.name: result for (_, _, work), result in zip(todo, results, strict=True)}
