@@ -196,6 +196,11 @@ def added_tokens(base: str, finetuned: str) -> list[str]:
     return sorted(b.keys() - a.keys(), key=lambda token: b[token])
 
 
+def weights_hash(folder: str) -> str:
+    """sha256 over the weight files of a model folder, in order of file name."""
+    return _hash_files(shards(folder))
+
+
 def _hash_files(files: dict[str, str]) -> str:
     digest = hashlib.sha256()
     for file in sorted(set(files.values())):

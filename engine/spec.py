@@ -122,7 +122,10 @@ class Gradients(Section):
     checkpoints: int | list[float] = Field(
         1, description="P, or a list of fractions of the way base -> finetuned"
     )
-    projector: Literal["auto", "exact", "rademacher", "tensorsketch"] = Field("auto")
+    projector: Literal["auto", "exact", "rademacher", "tensorsketch", "factored"] = Field(
+        "auto",
+        description="auto: exact where the gradient fits in dim, factored for 8 layers or more, else tensorsketch",
+    )
     dim: int = Field(4096, ge=8, description="projected size d (exact ignores it)")
     seed: int = Field(0, ge=0, description="seed of the projector")
     dtype: DType = Field("auto", description="type of the forward pass; auto: bfloat16")
@@ -301,7 +304,9 @@ class Retrain(Section):
         if self.workers_max is not None and self.workers_max < self.workers:
             raise ValueError("workers_max must be at least workers")
         if self.elastic and self.optimizer == "sgd":
-            raise ValueError("workers_max needs optimizer adamw or adam: another number of workers resumes those")
+            raise ValueError(
+                "workers_max needs optimizer adamw or adam: another number of workers resumes those"
+            )
         if self.elastic and self.zero_stage == 0:
             raise ValueError("workers_max needs zero_stage 1, 2 or 3")
         if self.lora.rank and (self.freeze_head or self.freeze_body):
@@ -339,6 +344,13 @@ class Evaluate(Section):
     validation_share: float = Field(0.3, ge=0, lt=1, description="share of the test files used for choices")
     max_documents: int | None = Field(None, ge=1, description="documents judged at most, validation and test")
     tokens_per_batch: int = Field(4096, ge=1)
+    train: list[str] = Field(
+        default_factory=list, description="files of the true training set, for distances (extra: distances)"
+    )
+    embedder: str = Field(
+        "auto", description="sentence-transformers folder, or base; auto: MiniLM where installed, else base"
+    )
+    compared: int = Field(10_000, ge=2, description="documents of a set that distances compare at most")
 
 
 class Ray(Section):

@@ -11,13 +11,18 @@ from engine.evaluate.comparison import metrics
 from engine.evaluate.task import TestSet, evaluate_model
 from engine.models import load_model, torch_dtype
 from engine.rundir import METRICS
+from jobs.distances import distances, true_set
 from jobs.job import Job, local_copy
 from jobs.retrain import retrained
+from jobs.select import RANDOM, select_for
 from jobs.table import print_table
 from jobs.testset import content_hash, load_test
 
 CODE = 1
 """Raised whenever the same inputs would give other numbers."""
+
+DISTANCES = ("train", "embedder", "compared")
+"""Fields of the section that concern the true data alone."""
 
 
 def evaluate(job: Job) -> dict[str, Any]:
@@ -37,6 +42,8 @@ def evaluate(job: Job) -> dict[str, Any]:
                 models.append(_judge(job, test, "retrained", strategy, seed, *found))
     metric = "accuracy" if job.spec.task.kind == "classification" else "perplexity"
     result = metrics(models, metric, round(time.monotonic() - started, 3))
+    if job.spec.evaluate.train:
+        result["distances"] = _distances(job, models)
     job.run.write_json(METRICS, result)
     print_table(result, job.progress.out)
     for warning in result["warnings"]:
@@ -48,20 +55,38 @@ def _judge(
     job: Job, test: TestSet, model: str, strategy: str | None, seed: int | None, folder: str, identity: str
 ) -> dict[str, Any]:
     name = model if strategy is None else f"{strategy}-{seed}"
-    inputs = {
+    judge = lambda: measure(job, test, name, folder)  # noqa: E731
+    entry = {"model": model, "strategy": strategy, "seed": seed}
+    return entry | job.guarded(f"evaluate-{name}", judgement_inputs(job, test, identity), judge)
+
+
+def _distances(job: Job, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Distances of every retrained model's selection from the true training set, each selection once."""
+    true = true_set(job)
+    rows: dict[str, dict[str, Any]] = {}
+    for entry in models:
+        if entry["model"] == "retrained":
+            name = select_for(job, entry["strategy"], entry["seed"])
+            stage = f"distances-{os.path.basename(name).removesuffix('.parquet')}"
+            own = entry["seed"] if entry["strategy"] in RANDOM else None
+            rows[name] = {"strategy": entry["strategy"], "seed": own, **distances(job, stage, name, true)}
+    return list(rows.values())
+
+
+def judgement_inputs(job: Job, test: TestSet, identity: str) -> dict[str, Any]:
+    """All that a judgement's numbers depend on; `identity` is the model's hash or fingerprint."""
+    return {
         "model": identity,
         "test": content_hash(test),
         **job.section("task"),
-        **job.section("evaluate", without=("test", "text", "label", "max_documents")),
+        **job.section("evaluate", without=("test", "text", "label", "max_documents", *DISTANCES)),
         "gradients.dtype": job.spec.gradients.dtype,
         "code": CODE,
     }
-    judge = lambda: _evaluate(job, test, name, folder)  # noqa: E731
-    entry = {"model": model, "strategy": strategy, "seed": seed}
-    return entry | job.guarded(f"evaluate-{name}", inputs, judge)
 
 
-def _evaluate(job: Job, test: TestSet, name: str, folder: str) -> dict[str, Any]:
+def measure(job: Job, test: TestSet, name: str, folder: str) -> dict[str, Any]:
+    """Judge one model folder: {"validation", "test"} as `evaluate_model` returns them, and seconds."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

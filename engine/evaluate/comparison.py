@@ -12,6 +12,8 @@ metrics.json, written by the evaluate stage, is what `metrics` returns::
     seconds           of the whole stage
     base, finetuned   the metric of the two endpoints on the test share
     strategies        the table, one row a strategy in the order of the spec: see `compare`
+    distances         with evaluate.train: one row a selection, with strategy, seed (null where the selection
+                      does not depend on it) and what `engine.evaluate.distances.compare_sets` returns
     warnings          sentences
 
 Choices (early stopping, options) are made on the validation share; the test share is opened once, here.
