@@ -6,7 +6,10 @@ devices and reads the environment.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import logging
+import os
 from typing import Any
 
 import torch
@@ -45,24 +48,29 @@ class DeepSpeedStepper:
         label_ids: list[int] | None,
         passes: tuple[int, int],
         device: torch.device,
+        seed: int,
         trust_remote_code: bool = False,
+        universal: bool = False,
     ) -> None:
         """Load the base model and hand it to DeepSpeed. torch.distributed must be initialised.
 
         Args:
             passes: forward passes of this worker in one step, and documents in each.
+            universal: `load` gets what `to_universal` made of a checkpoint of another number of workers.
         """
         deepspeed = import_deepspeed()
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self.passes, self._done = passes[0], 0
         dtype = require_dtype(retrain, device.type)
         config = deepspeed_config(retrain, passes, str(dtype).removeprefix("torch."))
-        self.stage = config["zero_optimization"]["stage"]
+        if universal:
+            config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+        self.stage, self.config = config["zero_optimization"]["stage"], config
         partitioned = _partition_on_load(config) if self.stage == 3 else None
-        self.model = prepare(load_model(base, dtype, device, trust_remote_code), retrain)
+        self.model = prepare(load_model(base, dtype, device, trust_remote_code), retrain, seed)
         del partitioned
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.trained = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+        self.trained_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
         self.engine, *_ = deepspeed.initialize(
             model=DocumentScores(self.model, label_ids),
             model_parameters=trained,
@@ -101,7 +109,7 @@ class DeepSpeedStepper:
         self.engine.save_checkpoint(folder, tag=TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: str) -> None:
-        """Continue from a checkpoint of as many workers; frozen weights are those of the base model."""
+        """Continue from a checkpoint; frozen weights are those of the base model."""
         path, _ = self.engine.load_checkpoint(folder, tag=TAG, load_module_strict=False)
         assert path is not None, f"no checkpoint in {folder}"
 
@@ -126,6 +134,29 @@ class DeepSpeedStepper:
         """Give back what the engine holds, so that another can follow in this process."""
         self.engine.destroy()
         del self.engine, self.model
+
+
+def to_universal(source: str, target: str) -> None:
+    """Rewrite a checkpoint of ZeRO 1 to 3 parameter by parameter, so that any number of workers can load it.
+
+    Args:
+        source: folder that `DeepSpeedStepper.save` wrote, with the parts of all workers; target: a new one.
+    """
+    import_deepspeed()
+    from deepspeed.checkpoint import ds_to_universal
+
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        ds_to_universal.main(
+            argparse.Namespace(
+                input_folder=os.path.join(source, TAG),
+                output_folder=os.path.join(target, TAG),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
 
 
 def import_deepspeed() -> Any:

@@ -1,19 +1,19 @@
-"""Retraining on Ray: Ray Train starts the workers, keeps their checkpoints and replaces lost ones.
+"""Retraining on Ray: which trainings run where and when, and what the driver learns of them.
 
-All that a worker needs beyond Ray (torch, transformers, deepspeed) is imported inside the worker function.
+Ray Train starts the workers and replaces lost ones; `cluster.train_worker` is what they run. Each training has
+checkpoints of its own, so each is resumed by itself whatever the others have come to.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-import shutil
-import tempfile
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -27,6 +27,9 @@ from engine.storage import Folder
 DONE = "training.json"
 """Metrics of a finished training, in the model's folder: with it the model is complete."""
 
+NO_BYTES = ("strategies", "seeds", "checkpoint_steps", "keep_checkpoints", "max_failures", "parallel")
+"""Fields of the section that change nothing in a model's bytes."""
+
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -36,7 +39,8 @@ class TrainJob:
 
     name: for progress and error messages. base: resolved local model folder. selection, validation: Parquet
     files with the columns of `engine.training.load_examples`. target: folder of the new model; with several
-    nodes it has to be on storage that all of them see. checkpoints: where Ray Train keeps its checkpoints.
+    nodes it has to be on storage that all of them see. checkpoints: folder on any URI below which this
+    training keeps its checkpoints. base_hash: of the base model's weights, if it is known.
     """
 
     name: str
@@ -50,6 +54,19 @@ class TrainJob:
     seed: int
     validation: str | None = None
     trust_remote_code: bool = False
+    base_hash: str | None = None
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that the model's bytes depend on; UserError when documents are missing."""
+        fields = {
+            "base": self.base_hash or self.base,
+            "documents": [_digest(file) for file in (self.selection, self.validation) if file],
+            "task": self.task.model_dump(mode="json"),
+            "scope": self.scope,
+            "retrain": self.retrain.model_dump(mode="json", exclude=set(NO_BYTES)),
+            "seed": self.seed,
+        }
+        return fingerprint(fields)
 
 
 def train(job: TrainJob, progress: Progress | None = None) -> dict[str, Any]:
@@ -58,91 +75,85 @@ def train(job: TrainJob, progress: Progress | None = None) -> dict[str, Any]:
 
 
 def train_many(jobs: list[TrainJob], progress: Progress | None = None) -> list[dict[str, Any]]:
-    """Train models one after the other in one group of workers, which is started once. Blocks.
+    """Train models, as many at a time as `lanes` says, each lane in one group of workers. Blocks.
 
-    A job whose target is complete is not repeated. Workers that are lost are replaced, and go on from the
-    last checkpoint; so does a second call with equal jobs after the driver's death.
+    A job whose target is complete is not repeated. Workers that are lost are replaced, and go on from their
+    job's last checkpoint; so does a second call, with any other jobs beside it, after the driver's death.
+    A user's error in one job does not keep the others from their end.
 
     Args:
-        jobs: may differ in all but `retrain`'s workers, gpus_per_worker, threads, max_failures and
-            keep_checkpoints, and `checkpoints`.
+        jobs: may differ in all but what `_group` holds.
         progress: called with {"job", "step", "steps", "epoch", "loss", "documents", "seconds"}, from a thread
             of its own.
 
     Returns:
         JSON-able metrics of each job (`engine.training.metrics` and where it ran). Each target is a folder
-        that `AutoModelForCausalLM.from_pretrained` reads, whole or not there.
+        that `AutoModelForCausalLM.from_pretrained` (or PEFT) reads, whole or not there.
 
     Raises:
-        UserError: unreadable documents or model, a diverging loss, no space.
-        ray.train.TrainingFailedError: workers were lost more than retrain.max_failures times.
+        UserError: unreadable documents or model, a diverging loss, no space, or a target that holds the model
+            of another training.
+        ray.train.TrainingFailedError: a lane's workers were lost more than retrain.max_failures times.
     """
-    assert len({_group(job) for job in jobs}) == 1, "jobs of one group need the same workers"
-    if not all(_complete(job) for job in jobs):
-        _fit(jobs, progress or (lambda event: None))
+    assert len({_group(job) for job in jobs}) == 1, "jobs of one call need the same workers"
+    prints = [job.fingerprint() for job in jobs]
+    todo = [i for i, job in enumerate(jobs) if not _complete(job, prints[i])]
+    if todo:
+        _run([jobs[i] for i in todo], [prints[i] for i in todo], progress or (lambda event: None))
     return [dict(Folder(job.target).read_json(DONE)) for job in jobs]
+
+
+def lanes(jobs: list[TrainJob]) -> int:
+    """How many trainings run at a time: what the cluster's resources hold, at most `retrain.parallel`.
+
+    A CPU worker without `threads` takes what its node has, and an elastic training what the cluster has: then
+    one at a time.
+    """
+    retrain = jobs[0].retrain
+    each = worker_resources(retrain)
+    if retrain.elastic or ("GPU" not in each and retrain.threads is None):
+        return 1
+    total = ray.cluster_resources()
+    room = min(int(total.get(name, 0) // (need * retrain.workers)) for name, need in each.items())
+    return max(1, min(room, len(jobs), retrain.parallel or room))
+
+
+def worker_resources(retrain: Retrain) -> dict[str, float]:
+    """What Ray reserves for one worker: its GPUs and a CPU, or a CPU for each of its threads."""
+    gpus = gpus_per_worker(retrain.gpus_per_worker)
+    if gpus:
+        return {"CPU": 1, "GPU": gpus}
+    widest = max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1)
+    return {"CPU": max(1, min(retrain.threads or 1, int(widest)))}
 
 
 def _group(job: TrainJob) -> tuple[Any, ...]:
     r = job.retrain
-    return (r.workers, r.gpus_per_worker, r.threads, r.max_failures, r.keep_checkpoints, job.checkpoints)
-
-
-def _complete(job: TrainJob) -> bool:
-    return Folder(job.target).exists(DONE)
-
-
-def _fit(jobs: list[TrainJob], progress: Progress) -> None:
-    """Run the worker function in a group of Ray Train workers until all targets are complete."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    retrain = jobs[0].retrain
-    gpus = gpus_per_worker(retrain.gpus_per_worker)
-    checkpoints = Folder(jobs[0].checkpoints)
-    checkpoints.make()
-    name = _run_name(jobs)
-    mailbox = Mailbox.remote()
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"jobs": jobs, "mailbox": mailbox},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=retrain.workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=checkpoints.uri,
-            failure_config=FailureConfig(max_failures=retrain.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=retrain.keep_checkpoints),
-        ),
+    return (
+        r.workers,
+        r.workers_max,
+        r.gpus_per_worker,
+        r.threads,
+        r.max_failures,
+        r.parallel,
+        job.checkpoints,
     )
-    with _delivered(mailbox, progress):
-        trainer.fit()
-        error = ray.get(mailbox.error.remote())
-    if error is not None:
-        raise UserError(error)
-    lost = [job.target for job in jobs if not _complete(job)]
-    if lost:
-        raise UserError(f"the model in {lost[0]} cannot be seen from here: use storage that all nodes share.")
-    checkpoints.remove(name)
 
 
-def _run_name(jobs: list[TrainJob]) -> str:
-    """A name that equal jobs on equal documents share, so that Ray Train resumes those and no others."""
-    described = []
-    for job in jobs:
-        fields = {**asdict(job), "task": job.task.model_dump(), "retrain": job.retrain.model_dump()}
-        fields["documents"] = [_digest(file) for file in (job.selection, job.validation) if file]
-        described.append(fields)
-    return f"{jobs[0].name}-{fingerprint(described)[:16]}".replace("/", "-")
+def _complete(job: TrainJob, print_: str) -> bool:
+    """Whether the target is this training's; UserError when it is another's."""
+    folder = Folder(job.target)
+    if not folder.exists(DONE):
+        return False
+    if folder.read_json(DONE).get("fingerprint") != print_:
+        raise UserError(
+            f"{job.target} holds a model that was trained on other documents or otherwise: "
+            "use another folder, or remove it to train again."
+        )
+    return True
 
 
 def _digest(file: str) -> str:
-    import hashlib
-
     parent, base = os.path.split(file)
     try:
         return hashlib.sha256(Folder(parent or ".").read_bytes(base)).hexdigest()
@@ -150,13 +161,117 @@ def _digest(file: str) -> str:
         raise UserError(f"the training documents {file} do not exist.") from None
 
 
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """Carries what workers have to say to the driver while `fit` blocks."""
+def _run(jobs: list[TrainJob], prints: list[str], progress: Progress) -> None:
+    """Run all lanes to their end."""
+    count = lanes(jobs)
+    board = Board.remote(len(jobs))
+    runs = Folder(f"{jobs[0].checkpoints}/.ray")
+    config = {"jobs": jobs, "fingerprints": prints, "board": board}
+    group = fingerprint(prints)[:16]
+    with _delivered(board, progress):
+        _together(
+            [
+                lambda lane=lane: _fit({**config, "lane": lane}, runs, f"{group}-{lane}")
+                for lane in range(count)
+            ]
+        )
+        errors = ray.get(board.errors.remote())
+    runs.remove("")
+    if errors:
+        more = f" (and {len(errors) - 1} more failed)" if len(errors) > 1 else ""
+        raise UserError(errors[0] + more)
+    lost = [job.target for job, print_ in zip(jobs, prints, strict=True) if not _complete(job, print_)]
+    if lost:
+        raise UserError(f"the model in {lost[0]} cannot be seen from here: use storage that all nodes share.")
 
-    def __init__(self) -> None:
+
+def _together(calls: list[Callable[[], None]]) -> None:
+    """Run calls at the same time; the first error is raised when all have ended."""
+    if len(calls) == 1:
+        calls[0]()  # in the main thread, where Ray Train can hear an interrupt
+        return
+    ended: queue.Queue[BaseException | None] = queue.Queue()
+
+    def run(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except BaseException as error:
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    for call in calls:
+        # daemons: after an interrupt the driver leaves without them
+        threading.Thread(target=run, args=(call,), daemon=True).start()
+    errors = [ended.get() for _ in calls]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _fit(config: dict[str, Any], runs: Folder, name: str) -> None:
+    """One lane: a group of Ray Train workers that takes jobs from the board until there are none."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cluster.train_worker import worker
+
+    retrain = config["jobs"][0].retrain
+    resources = worker_resources(retrain)
+    gpu = "GPU" in resources
+    runs.make()
+    TorchTrainer(
+        worker,
+        train_loop_config={**config, "called": time.time()},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(retrain.workers, retrain.workers_max) if retrain.elastic else retrain.workers,
+            use_gpu=gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=runs.root,
+            storage_filesystem=None if runs.local else _arrow(runs),
+            failure_config=FailureConfig(max_failures=retrain.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    ).fit()
+
+
+RESIZE_SECONDS = 15.0
+"""Seconds between two looks of an elastic training at what the cluster has."""
+
+
+def _arrow(folder: Folder) -> Any:
+    """The folder's file system as Ray Train takes it."""
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return PyFileSystem(FSSpecHandler(folder.fs))
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Hands jobs to lanes, and carries what workers have to say to the driver while `fit` blocks."""
+
+    def __init__(self, jobs: int) -> None:
+        self._waiting = list(range(jobs))
+        self._taken: dict[int, int] = {}
         self._events: list[dict[str, Any]] = []
-        self._error: str | None = None
+        self._errors: dict[int, str] = {}
+
+    def current(self, lane: int) -> int | None:
+        """The job a lane is at, a new one if it has none; None when nothing is left."""
+        if lane not in self._taken and self._waiting:
+            self._taken[lane] = self._waiting.pop(0)
+        return self._taken.get(lane)
+
+    def finished(self, lane: int, error: str | None = None) -> None:
+        """A lane is done with its job, or has met a user's error: one that repeating would not mend."""
+        job = self._taken.pop(lane)
+        if error is not None:
+            self._errors[job] = error
 
     def put(self, event: dict[str, Any]) -> None:
         """Add an event."""
@@ -167,22 +282,18 @@ class Mailbox:
         events, self._events = self._events, []
         return events
 
-    def fail(self, message: str) -> None:
-        """Leave a user's error: it has one cause, so that retrying it would be of no use."""
-        self._error = message
-
-    def error(self) -> str | None:
-        """The user's error, if any."""
-        return self._error
+    def errors(self) -> list[str]:
+        """Users' errors, in the order of the jobs."""
+        return [self._errors[job] for job in sorted(self._errors)]
 
 
 @contextmanager
-def _delivered(mailbox: Any, progress: Progress, every: float = 0.2) -> Iterator[None]:
-    """Pass the mailbox's events to `progress` while the block runs, and the rest at its end."""
+def _delivered(board: Any, progress: Progress, every: float = 0.2) -> Iterator[None]:
+    """Pass the board's events to `progress` while the block runs, and the rest at its end."""
     stop = threading.Event()
 
     def deliver() -> None:
-        for event in ray.get(mailbox.drain.remote()):
+        for event in ray.get(board.drain.remote()):
             progress(event)
 
     def loop() -> None:
@@ -197,195 +308,4 @@ def _delivered(mailbox: Any, progress: Progress, every: float = 0.2) -> Iterator
         stop.set()
         thread.join()
         deliver()
-        ray.kill(mailbox)
-
-
-def _worker(config: dict[str, Any]) -> None:
-    """What every worker runs: the jobs in turn, skipping finished ones."""
-    began = time.time()
-    import torch
-    import torch.distributed as dist
-    import transformers
-    from ray.train import get_context
-
-    retrain = config["jobs"][0].retrain
-    # whether a GPU was lent is known to torch alone: Ray hides the others
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    cores = len(os.sched_getaffinity(0)) // get_context().get_local_world_size()
-    torch.set_num_threads(retrain.threads or max(1, cores))
-    transformers.utils.logging.disable_progress_bar()
-    for job in config["jobs"]:
-        done = [_complete(job)]
-        dist.broadcast_object_list(done)  # one worker decides for all
-        if done[0]:
-            continue
-        try:
-            _train_one(job, device, config["mailbox"], began)
-            began = time.time()
-        except UserError as error:
-            # every worker comes here: `_agree` and `fit` raise on all or none
-            if dist.get_rank() == 0:
-                ray.get(config["mailbox"].fail.remote(f"{job.name}: {error}"))
-            return
-
-
-def _train_one(job: TrainJob, device: Any, mailbox: Any, began: float) -> None:
-    """Train one job in this worker, from its checkpoint if there is one, and publish the model."""
-    import pyarrow.parquet as pq  # noqa: F401  (loads the reader before the model takes the memory)
-    import ray.train
-
-    from cluster.deepspeed_stepper import DeepSpeedStepper
-    from engine import training
-    from engine.encode import Encoder
-    from engine.models import load_tokenizer
-    from engine.recipe import passes_per_step
-
-    with _agree():
-        tokenizer = load_tokenizer(job.base, job.trust_remote_code)
-        encoder = Encoder(tokenizer, job.task, job.scope)
-        examples = training.load_examples(_read(job.selection), encoder)
-        judged = job.retrain.early_stopping and job.validation is not None
-        validation = training.load_examples(_read(job.validation or ""), encoder) if judged else None
-        world = ray.train.get_context().get_world_size()
-        passes = passes_per_step(len(examples), job.retrain, world)
-        stepper = DeepSpeedStepper(
-            job.base, job.retrain, training.label_rows(encoder), passes, device, job.trust_remote_code
-        )
-    position = _resume(job, stepper, training.Position())
-    startup, resumed_at = time.time() - began, position.step
-
-    def report(event: dict[str, Any]) -> None:
-        if stepper.rank == 0:
-            mailbox.put.remote({"job": job.name, **event})
-
-    hooks = training.Hooks(
-        keep=lambda _: _export(stepper, tokenizer, f"{job.target}.best", None),
-        checkpoint=lambda position: _checkpoint(job, stepper, position),
-        progress=report,
-    )
-    classify = bool(encoder.label_ids)
-    training.fit(stepper, examples, job.retrain, job.seed, position, validation, classify, hooks)
-    metrics = {
-        **training.metrics(position, examples, job.retrain),
-        "name": job.name,
-        "seed": job.seed,
-        "workers": stepper.world,
-        "device": device.type,
-        "zero_stage": stepper.stage,
-        "trained_parameters": stepper.trained,
-        "startup_seconds": startup,
-        "resumed_at": resumed_at,
-    }
-    if validation is None:
-        _export(stepper, tokenizer, job.target, metrics)
-    else:
-        with _agree():
-            if stepper.rank == 0:
-                _promote(f"{job.target}.best", job.target, metrics)
-    stepper.close()
-
-
-@contextmanager
-def _agree() -> Iterator[None]:
-    """A UserError of one worker in the block becomes every worker's, so that none waits for another."""
-    import torch.distributed as dist
-
-    error: str | None = None
-    try:
-        yield
-    except UserError as mine:
-        error = str(mine)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for message in errors:
-        if message is not None:
-            raise UserError(message)
-
-
-def _read(file: str) -> Any:
-    parent, base = os.path.split(file)
-    try:
-        return Folder(parent or ".").read_table(base)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the training documents {file}: {str(error).splitlines()[0]}.") from None
-
-
-def _checkpoint(job: TrainJob, stepper: Any, position: Any) -> None:
-    """Give Ray Train a checkpoint: every worker its part, the first one the position too."""
-    import ray.train
-
-    folder = tempfile.mkdtemp(prefix="unbake-")
-    stepper.save(folder)
-    if stepper.rank == 0:
-        with open(f"{folder}/position.json", "w", encoding="utf-8") as file:
-            json.dump({"job": job.name, "target": job.target, "position": position.as_dict()}, file)
-    ray.train.report(
-        {"step": position.step},
-        checkpoint=ray.train.Checkpoint.from_directory(folder),
-        delete_local_checkpoint_after_upload=True,
-    )
-
-
-def _resume(job: TrainJob, stepper: Any, start: Any) -> Any:
-    """Load Ray Train's last checkpoint if it is this job's; the position it was made at, else `start`."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return start
-    with checkpoint.as_directory() as folder:
-        with open(f"{folder}/position.json", encoding="utf-8") as file:
-            saved = json.load(file)
-        if saved["target"] != job.target:
-            return start
-        stepper.load(folder)
-    return type(start)(**saved["position"])
-
-
-def _export(stepper: Any, tokenizer: Any, target: str, metrics: dict[str, Any] | None) -> None:
-    """Write the model as a Hugging Face folder, whole or not at all; every worker has to call it."""
-    from engine import models
-
-    state = stepper.gathered()
-    with _agree():
-        if stepper.rank == 0:
-            notes = {} if metrics is None else {DONE: json.dumps(metrics, indent=2, sort_keys=True)}
-            with _local(target) as folder:
-                try:
-                    models.save(stepper.model, tokenizer, folder, state, notes)
-                except OSError as error:
-                    raise UserError(f"cannot write the model {target}: {error.strerror or error}.") from None
-
-
-@contextmanager
-def _local(target: str) -> Iterator[str]:
-    """A local folder to write `target` to; for a remote one it is uploaded at the end, training.json last."""
-    remote = Folder(target)
-    if remote.local:
-        yield remote.root
-        return
-    scratch = tempfile.mkdtemp(prefix="unbake-")
-    try:
-        yield f"{scratch}/model"
-        for name in sorted(os.listdir(f"{scratch}/model"), key=lambda name: name == DONE):
-            remote.fs.put_file(f"{scratch}/model/{name}", remote.path(name))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _promote(best: str, target: str, metrics: dict[str, Any]) -> None:
-    """Make the best epoch's model the result."""
-    source, goal = Folder(best), Folder(target)
-    if goal.local:
-        source.write_json(DONE, metrics)
-        goal.remove("")
-        os.replace(source.root, goal.root)
-    else:
-        source.fs.mv(source.root, goal.root, recursive=True)
-        goal.write_json(DONE, metrics)
+        ray.kill(board)

@@ -6,9 +6,11 @@ becomes one folder of safetensors, so that every later stage maps tensors from d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +66,13 @@ class Head:
         if self.softcap is not None:
             error = error * (1 - (logits / self.softcap) ** 2)
         return error if self.scale == 1.0 else error * self.scale
+
+    def input_gradient(self, error: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+        """dL/dh (n, hidden) in the model's type, from dL/dz (n, rows) float32 of the given vocabulary rows."""
+        weight = self.weight[rows]
+        if not isinstance(rows, slice):  # label words: few, and exact as in `label_logits`
+            return (error @ weight.float()).to(self.weight.dtype)
+        return error.to(weight.dtype) @ weight
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -245,14 +254,29 @@ def save(
     Raises:
         UserError: no space or no permission.
     """
-    part = f"{target}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with written_whole(target, notes) as part:
         # transformers empties the mapping it is given, so it gets a copy
         model.save_pretrained(
             part, state_dict=None if state is None else dict(state), safe_serialization=True
         )
         tokenizer.save_pretrained(part)
+
+
+@contextlib.contextmanager
+def written_whole(target: str, notes: dict[str, str] | None = None) -> Iterator[str]:
+    """A folder to write a model into that takes its place when the block ends, and leaves nothing otherwise.
+
+    Args:
+        notes: text files to add at the end, name -> contents.
+
+    Raises:
+        UserError: no space or no permission.
+    """
+    part = f"{target}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        os.makedirs(part)
+        yield part
         for name, text in (notes or {}).items():
             with open(os.path.join(part, name), "w", encoding="utf-8") as file:
                 file.write(text)

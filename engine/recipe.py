@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 import transformers
 
+from engine.adapters import add_adapters
 from engine.errors import UserError
 from engine.models import find_head, torch_dtype
 from engine.spec import Retrain
@@ -89,14 +90,23 @@ def make_optimizer(parameters: list[torch.Tensor], retrain: Retrain) -> torch.op
     return kind(groups, lr=retrain.learning_rate, fused=True)
 
 
-def prepare(model: transformers.PreTrainedModel, retrain: Retrain) -> transformers.PreTrainedModel:
-    """Put a model into training mode: frozen parts, dropout, activation checkpointing.
+def prepare(
+    model: transformers.PreTrainedModel, retrain: Retrain, seed: int = 0
+) -> transformers.PreTrainedModel:
+    """Put a model into training mode: adapters, frozen parts, dropout, activation checkpointing.
+
+    Args:
+        seed: of the adapters' first weights.
 
     Raises:
-        UserError: freeze_below is more than the model has blocks, or nothing is left to train.
+        UserError: freeze_below is more than the model has blocks, adapters that fit nowhere, or nothing is
+            left to train.
     """
     model.train()
-    _freeze(model, retrain)
+    if retrain.lora.rank:
+        add_adapters(model, retrain, seed)
+    else:
+        _freeze(model, retrain)
     if not retrain.dropout:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -117,24 +127,18 @@ def require_dtype(retrain: Retrain, device: str) -> torch.dtype:
 
 
 def _freeze(model: transformers.PreTrainedModel, retrain: Retrain) -> None:
-    """Freeze blocks below `freeze_below`, the embeddings that feed them, and the head where asked for.
+    """Freeze blocks below `freeze_below`, the embeddings that feed them, and head or body where asked for.
 
     A tied embedding is also the head and goes on training as such: its gradient is then the output side's
     alone, because the input side is cut off. Backward thus ends at the lowest block that trains.
     """
     head = find_head(model)
-    if retrain.freeze_below:
-        depth = model.config.get_text_config().num_hidden_layers
-        stacks = (
-            m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth
-        )
-        blocks = next(stacks, None)
-        if blocks is None or retrain.freeze_below > depth:
-            raise UserError(
-                f"retrain.freeze_below is {retrain.freeze_below}, and the model has {depth} blocks."
-            )
-        for block in list(blocks)[: retrain.freeze_below]:
+    if retrain.freeze_body:
+        model.requires_grad_(False)
+    else:
+        for block in _blocks_below(model, retrain):
             block.requires_grad_(False)
+    if retrain.freeze_below or retrain.freeze_body:
         for module in model.base_model.modules():
             if isinstance(module, torch.nn.Embedding):
                 module.requires_grad_(False)
@@ -143,4 +147,16 @@ def _freeze(model: transformers.PreTrainedModel, retrain: Retrain) -> None:
         if parameter is not None:
             parameter.requires_grad_(not retrain.freeze_head)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("retrain.freeze_below and retrain.freeze_head together leave nothing to train.")
+        raise UserError("retrain.freeze_below, freeze_body and freeze_head together leave nothing to train.")
+
+
+def _blocks_below(model: transformers.PreTrainedModel, retrain: Retrain) -> list[torch.nn.Module]:
+    """The blocks that freeze_below freezes; UserError when the model has fewer."""
+    if not retrain.freeze_below:
+        return []
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
+    blocks = next(stacks, None)
+    if blocks is None or retrain.freeze_below > depth:
+        raise UserError(f"retrain.freeze_below is {retrain.freeze_below}, and the model has {depth} blocks.")
+    return list(blocks)[: retrain.freeze_below]

@@ -8,7 +8,7 @@ from typing import Any
 import cluster.train
 from cluster.deepspeed_config import deepspeed_config
 from cluster.session import session
-from cluster.train import TrainJob
+from cluster.train import NO_BYTES, TrainJob
 from engine.errors import UserError
 from engine.rundir import MODELS, TRAIN
 from engine.spec import Strategy
@@ -17,10 +17,7 @@ from jobs.job import Job
 from jobs.select import select_for
 from jobs.testset import write_validation
 
-NO_BYTES = ("strategies", "seeds", "checkpoint_steps", "keep_checkpoints", "max_failures")
-"""Fields of the section that change nothing in a model's bytes."""
-
-CODE = 1
+CODE = 2
 """Raised whenever the same inputs would give other weights."""
 
 
@@ -82,6 +79,7 @@ def _prepare(
         retrain=job.spec.retrain,
         seed=seed,
         trust_remote_code=job.spec.models.trust_remote_code,
+        base_hash=job.model_hashes["base"],
     )
     inputs = {
         "models.base": job.model_hashes["base"],

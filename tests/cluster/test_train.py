@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.deepspeed_config import deepspeed_config
-from cluster.train import TrainJob, train_many
+from cluster.train import TrainJob, lanes, train_many
 from engine.encode import Encoder
 from engine.errors import UserError
 from engine.models import load_model, load_tokenizer, torch_dtype
@@ -104,6 +105,7 @@ def test_two_workers_follow_the_plain_loop_at_every_zero_stage(
     wrong = save_documents(tmp_path / "validation.parquet", 30, 9, shift=1)
     # Adam and clipping forgive a gradient of the wrong size, this does not
     plain_sgd = {"optimizer": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.05}
+    lora = {"rank": 4, "alpha": 8, "export": "merged"}
     cases = {
         "stage0": recipe(workers=2, zero_stage=0),
         "stage1": recipe(workers=2, zero_stage=1, weight_decay=0.1, **plain_sgd),
@@ -114,7 +116,11 @@ def test_two_workers_follow_the_plain_loop_at_every_zero_stage(
         "offload": recipe(workers=2, zero_stage=3, offload_optimizer=True, offload_parameters=True),
         "best": recipe(workers=2, zero_stage=3, epochs=5, early_stopping=True, checkpoint_steps=0),
         "bfloat16": recipe(workers=2, zero_stage=2, dtype="auto", learning_rate=1e-3),
+        "lora2": recipe(workers=2, zero_stage=2, lora=lora),
+        "lora3": recipe(workers=2, zero_stage=3, freeze_below=1, lora=lora),
+        "body": recipe(workers=2, zero_stage=2, freeze_body=True),
     }
+    cases = {name: retrain.model_copy(update={"parallel": 1}) for name, retrain in cases.items()}
     jobs = [
         job(tiny_base, selection, tmp_path, name, retrain, validation=wrong if name == "best" else None)
         for name, retrain in cases.items()
@@ -149,20 +155,26 @@ def test_one_worker_follows_the_plain_loop_and_a_bad_job_is_one_sentence(
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (broken / name).write_bytes((Path(tiny_base) / name).read_bytes())
     (broken / "model.safetensors").write_bytes(b"no tensors")
-    good = job(tiny_base, selection, tmp_path, "good", recipe())
-    bad = job(str(broken), selection, tmp_path, "bad", recipe())
+    bad = job(str(broken), selection, tmp_path, "bad", recipe(parallel=1))
+    good = job(tiny_base, selection, tmp_path, "good", recipe(parallel=1))
+    zero = job(
+        tiny_base, selection, tmp_path, "zero", recipe(parallel=1, deepspeed={"wall_clock_breakdown": False})
+    )
     with pytest.raises(UserError, match=r"^bad: cannot load the model in .*broken"):
-        train_many([good, bad])
+        train_many([bad, good, zero])
     assert not os.path.exists(bad.target)
-    with open(f"{good.target}/training.json") as file:
-        assert_follows_the_plain_loop(good, json.load(file))
+    for one in (good, zero):
+        with open(f"{one.target}/training.json") as file:
+            result = json.load(file)
+        assert_follows_the_plain_loop(one, result)
+        assert (result["deepspeed"] is None) == (one is good)
 
 
 @pytest.mark.timeout(300)
 def test_a_lost_worker_is_replaced_and_the_weights_are_those_of_an_undisturbed_training(
     ray_session: None, tiny_base: str, selection: str, tmp_path: Path
 ) -> None:
-    retrain = recipe(workers=2, zero_stage=2, epochs=60, checkpoint_steps=50, learning_rate=1e-3)
+    retrain = recipe(workers=2, zero_stage=2, epochs=60, checkpoint_steps=50, learning_rate=1e-3, parallel=1)
     disturbed = job(tiny_base, selection, tmp_path, "disturbed", retrain)
     undisturbed = job(tiny_base, selection, tmp_path, "undisturbed", retrain)
     killed: list[int] = []
@@ -179,6 +191,50 @@ def test_a_lost_worker_is_replaced_and_the_weights_are_those_of_an_undisturbed_t
     assert other["resumed_at"] == 0
     assert result["curve"] == other["curve"]
     assert_same_weights(disturbed.target, undisturbed.target)
+
+
+@pytest.mark.timeout(300)
+def test_of_two_trainings_at_once_only_the_one_that_lost_its_worker_goes_back_to_its_checkpoint(
+    ray_session: None, tiny_base: str, selection: str, tmp_path: Path
+) -> None:
+    retrain = recipe(epochs=100, checkpoint_steps=50, learning_rate=1e-3)
+    jobs = [job(tiny_base, selection, tmp_path, name, retrain) for name in ("one", "other")]
+    jobs[1] = replace(jobs[1], seed=4)
+    assert lanes(jobs) == 2
+    seen: dict[str, int] = {}
+    killed: list[int] = []
+
+    def kill_one(event: dict) -> None:
+        seen[event["job"]] = event["step"]
+        if not killed and len(seen) == 2 and all(60 <= step < 350 for step in seen.values()):
+            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
+            killed.append(workers[-1].pid)
+            workers[-1].kill()
+
+    results = train_many(jobs, kill_one)
+    assert killed, "the trainings were not seen at work together"
+    resumed = sorted(result["resumed_at"] for result in results)
+    assert resumed[0] == 0, "the other went on undisturbed"
+    assert resumed[1] >= 50
+    for one, result in zip(jobs, results, strict=True):
+        expected, model = plain(one)
+        assert result["curve"] == expected["curve"]
+        for name, tensor in tensors(one.target).items():
+            assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_another_trainings_model_is_refused_not_passed_off_as_this_ones(
+    ray_session: None, tiny_base: str, selection: str, tmp_path: Path
+) -> None:
+    mine = job(tiny_base, selection, tmp_path, "mine", recipe())
+    os.makedirs(mine.target)
+    Path(mine.target, "training.json").write_text(json.dumps({"fingerprint": "of another"}))
+    with pytest.raises(UserError, match=r"mine holds a model that was trained on other documents"):
+        train_many([mine])
+    same = [replace(mine, retrain=recipe(**more)) for more in ({"keep_checkpoints": 5}, {"parallel": 2})]
+    assert {one.fingerprint() for one in same} == {mine.fingerprint()}
+    assert replace(mine, seed=4).fingerprint() != mine.fingerprint()
+    assert replace(mine, retrain=recipe(epochs=3)).fingerprint() != mine.fingerprint()
 
 
 @pytest.mark.slow

