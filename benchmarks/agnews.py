@@ -30,7 +30,7 @@ from engine.spec import RunSpec
 from jobs.demo import gguf
 from jobs.finetune import fine_tune
 from jobs.job import Job
-from jobs.recover import recover
+from jobs.pipeline import recover
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
 STRATEGIES = ["random", "random_balanced", "topk", "topk_balanced", "greedy"]

@@ -6,10 +6,14 @@ import argparse
 import errno
 import importlib
 import os
+import select
+import shlex
 import sys
 from typing import Any
 
 from engine.errors import UserError
+from jobs.stopping import EXIT_CODE, Stopped, stoppable
+from jobs.usage import example, usage
 
 COMMANDS: dict[str, str] = {
     "recover": "two models and a corpus in: the likely training data, a retrained model and a report out",
@@ -17,29 +21,48 @@ COMMANDS: dict[str, str] = {
     "select": "choose documents from the store, or from --features and --target of your own",
     "retrain": "train the base model on each compared strategy's selection",
     "evaluate": "judge base, fine-tuned and retrained models on the test set",
-    "report": "write report.html from what the run holds",
+    "report": "write the report from what the run holds: HTML, Markdown or JSON",
+    "plan": "hours, disk and memory of a run before it runs, from a short calibration",
     "verify": "check every byte of a run directory against its records, and have damage made anew",
+    "diagnose": "why a selection is what it is, and when not to trust it",
+    "experiment": "a grid of runs that share what they have in common: tables and plots",
     "demo": "the whole job on an embedded example; nothing to download but a package",
 }
 
+STAGES = {"recover": "pipeline", **{name: name for name in ("extract", "select", "retrain", "evaluate")}}
+"""Commands that take a spec and nothing else, and their modules; others have `main(arguments)` of their own."""
 
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """Storage that is full or closed to us: not a fault of the program, wherever it shows."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 2 a user's mistake, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run one command; the exit code: 0 done, 2 a user's mistake, 130 interrupted, 141 nobody reads on, 143 stopped."""
+    try:
+        try:
+            return _main(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if _stdout_open():
+            raise
+        return 141
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
+        print(usage(COMMANDS))
         return 0 if arguments else 2
     command = arguments[0]
     if command not in COMMANDS:
         print(f"unbake: no command {command!r}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     _calm_libraries()
+    if {"-h", "--help"} & set(arguments) and (line := example(command)):
+        print(f"example: {line}\n")
     try:
-        return _run(command, arguments[1:])
+        with stoppable():
+            return _run(command, arguments[1:])
     except UserError as error:
         print(f"unbake {command}: {error}", file=sys.stderr)
         return 2
@@ -52,38 +75,35 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except Stopped as stopped:
+        print(f"\n{stopped}; to go on from here: unbake {shlex.join(arguments)}", file=sys.stderr)
+        return EXIT_CODE
     except KeyboardInterrupt:
-        print(f"\nunbake {command}: interrupted; the same command goes on from here.", file=sys.stderr)
+        print(f"\ninterrupted; to go on from here: unbake {shlex.join(arguments)}", file=sys.stderr)
         return 130
 
 
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: unbake COMMAND [--config run.yaml] [--section.field VALUE ...]",
-            "",
-            "What was this open-weight model fine-tuned on?",
-            "",
-            *lines,
-            "",
-            "unbake COMMAND --help lists every field of the spec; --print_config prints it resolved.",
-        ]
-    )
+def _stdout_open() -> bool:
+    """Whether standard output still has a reader; if not, what is left to write goes nowhere."""
+    try:
+        number = sys.stdout.fileno()
+    except OSError:  # captured, in a test or a notebook
+        return True
+    poll = select.poll()
+    poll.register(number, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return False
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    """Run a command: its module's `main(arguments)` where it reads options of its own, else `command(Job)`."""
-    module = importlib.import_module(f"jobs.{command}")  # only the one that runs is imported
-    if hasattr(module, "main"):
-        return module.main(arguments)
-    from jobs.options import read_spec, spec_parser
+    """Run a command: its module's `main(arguments)`, or for a stage, `stage(Job)` of the spec it is given."""
+    if command not in STAGES:
+        return importlib.import_module(f"jobs.{command}").main(arguments)
+    from jobs.options import read_spec
 
-    parser = spec_parser(command, COMMANDS[command])
-    if command == "select":
-        _features_options(parser)
-    options = vars(parser.parse_args(arguments))
+    options = vars(stage_parser(command).parse_args(arguments))
     if any(options.get(name) for name in ("features", "target", "out")):
         return _select_features(options)
     spec = read_spec(options)
@@ -92,8 +112,21 @@ def _run(command: str, arguments: list[str]) -> int:
         return 0
     from jobs.job import Job
 
-    getattr(module, command)(Job(spec, quiet=options["quiet"], verbose=options["verbose"]))
+    module = importlib.import_module(f"jobs.{STAGES[command]}")  # only the one that runs is imported
+    job = Job(spec, quiet=options["quiet"], verbose=options["verbose"])
+    with job.locked():
+        getattr(module, command)(job)
     return 0
+
+
+def stage_parser(command: str) -> argparse.ArgumentParser:
+    """The options of a command in STAGES."""
+    from jobs.options import spec_parser
+
+    parser = spec_parser(command, COMMANDS[command])
+    if command == "select":
+        _features_options(parser)
+    return parser
 
 
 def _features_options(parser: argparse.ArgumentParser) -> None:

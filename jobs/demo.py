@@ -25,7 +25,7 @@ from engine.spec import RunSpec
 from jobs.docstrings import docstrings
 from jobs.finetune import fine_tune
 from jobs.job import Job
-from jobs.recover import recover
+from jobs.pipeline import recover
 
 LABELS = {"sympy": "math", "matplotlib": "plot", "networkx": "graph", "pandas": "table"}
 """Library -> label word; each word is one token after a space."""
@@ -57,10 +57,11 @@ def main(arguments: list[str]) -> int:
     job.progress.say("demo: SmolLM2-135M, docstrings of the packages installed here, two CPU cores will do")
     if shutil.which("c++") is None and shutil.which("g++") is None:
         job.progress.say("demo: no C++ compiler here, so DeepSpeed runs without its optional CPU op")
-    write_data(folder / "data")
-    resolve(gguf(), spec.models.base)
-    fine_tune(job, str(folder / "data/hidden.parquet"), FINE_TUNE_EPOCHS, seed=7)
-    recover(job)
+    with job.locked():
+        write_data(folder / "data")
+        resolve(gguf(), spec.models.base)
+        fine_tune(job, str(folder / "data/hidden.parquet"), FINE_TUNE_EPOCHS, seed=7)
+        recover(job)
     job.progress.say(
         f"demo: {time.monotonic() - started:,.0f} s in all; report: {job.run.path('report.html')}"
     )

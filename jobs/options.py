@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 
@@ -15,7 +16,13 @@ from engine.spec import RunSpec, load_yaml_mapping
 
 def spec_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser that knows every field of RunSpec as a dotted option, with its description."""
-    parser = _Parser(prog=f"unbake {command}", description=description, allow_abbrev=False)
+    parser = _Parser(
+        prog=f"unbake {command}",
+        usage=f"unbake {command} [RUN] [--section.field VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", nargs="?", metavar="RUN", help="YAML spec (as --config), or a run directory")
     parser.add_argument("--config", metavar="FILE", help="YAML spec; dotted options override its fields")
     parser.add_argument("-q", "--quiet", action="store_true", help="print results and errors only")
     parser.add_argument("-v", "--verbose", action="store_true", help="show Ray's own messages too")
@@ -24,15 +31,14 @@ def spec_parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_fields(parser: argparse.ArgumentParser, fields: dict[str, Any], prefix: str) -> None:
+def _add_fields(parser: argparse._ActionsContainer, fields: dict[str, Any], prefix: str) -> None:
     for name, field in fields.items():
         section = getattr(field.annotation, "model_fields", None)
         if section is not None:
-            _add_fields(parser, section, f"{prefix}{name}.")
+            about = (field.annotation.__doc__ or "").split("\n")[0]
+            group = parser if prefix else parser.add_argument_group(name, about)
+            _add_fields(group, section, f"{prefix}{name}.")
             continue
-        default = (
-            "" if field.is_required() else f" (default: {field.get_default(call_default_factory=True)!r})"
-        )
         # The spec itself is the one place where values are typed and checked. What is not given is left out
         # of the options, so that null can be given.
         parser.add_argument(
@@ -40,8 +46,18 @@ def _add_fields(parser: argparse.ArgumentParser, fields: dict[str, Any], prefix:
             metavar="V",
             type=_reader(field.annotation),
             default=argparse.SUPPRESS,
-            help=f"{field.description or name}{default}".replace("%", "%%"),
+            help=_help(name, field).replace("%", "%%"),
         )
+
+
+def _help(name: str, field: Any) -> str:
+    """A field's description, the values it can have, and its default where that says anything."""
+    words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    known = None if field.is_required() else field.get_default(call_default_factory=True)
+    parts = [field.description or name.replace("_", " ")]
+    parts += [f"one of {', '.join(map(str, words))}"] if words else []
+    parts += [] if known is None or known is False or known in ([], {}) else [f"default: {known}"]
+    return "; ".join(parts)
 
 
 def read_spec(options: dict[str, Any]) -> RunSpec:
@@ -50,23 +66,31 @@ def read_spec(options: dict[str, Any]) -> RunSpec:
     Raises:
         UserError: an unreadable file, or a field that is unknown, missing or contradictory.
     """
-    fields: dict[str, Any] = {}
-    where = "the command line"
-    if options.get("config"):
-        where = options["config"]
-        fields = load_yaml_mapping(_read(where), where)
-    overridden = False
-    for name, value in options.items():
-        if name in RESERVED:
-            continue
+    fields, where = _given(options.get("run"), options.get("config"))
+    overrides = {name: value for name, value in options.items() if name not in RESERVED}
+    for name, value in overrides.items():
         _put(fields, name.split("."), value, where)
-        overridden = True
-    return RunSpec.from_dict(
-        fields, f"{where} with overrides" if overridden and options.get("config") else where
-    )
+    return RunSpec.from_dict(fields, f"{where} with overrides" if overrides and where != NOWHERE else where)
 
 
-RESERVED = ("config", "quiet", "verbose", "print_config", "features", "target", "out")
+def _given(run: str | None, config: str | None) -> tuple[dict[str, Any], str]:
+    """The fields that a spec or a run directory holds, before overrides, and where they come from."""
+    if run and config:
+        raise UserError(f"give {run} or --config {config}, not both.")
+    source = run or config
+    if not source:
+        return {}, NOWHERE
+    if os.path.isdir(source) or ("://" in source and not source.endswith((".yaml", ".yml"))):
+        from engine.rundir import RunDir  # not needed to print help
+
+        folder = RunDir(source)  # which may have been moved since it was written
+        return folder.load_spec().model_dump(mode="json") | {"run_dir": folder.uri}, folder.uri
+    return load_yaml_mapping(_read(source), source), source
+
+
+NOWHERE = "the command line"
+
+RESERVED = ("run", "config", "quiet", "verbose", "print_config", "features", "target", "out")
 """Options that are no fields of the spec."""
 
 

@@ -174,7 +174,8 @@ def _repeats(job: Job, settings: Select) -> npt.NDArray[np.bool_] | None:
         job.run.write_table(name, pa.table({"row": row, "repeats": first[row]}))
         return {"documents": int(first.size), "repeats": int(row.size)}
 
-    job.guarded(f"dedupe-{kind}", {"extract": job.run.stage_fingerprint("extract"), "code": CODE}, find)
+    inputs = {"extract": job.run.stage_fingerprint("extract"), "code": CODE}
+    job.guarded(f"dedupe-{kind}", inputs, find, outputs=(name,))
     repeats = np.zeros(plan.n_rows, np.bool_)
     repeats[job.run.read_table(name)["row"].to_numpy()] = True
     return repeats

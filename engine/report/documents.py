@@ -27,7 +27,10 @@ _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
 
 
 def first(selection: pa.Table, names: list[str]) -> list[dict[str, Any]]:
-    """The first documents as dicts: rank, id, text, excerpt (None when the text is short), label, numbers."""
+    """The first documents as dicts: rank, id, text, excerpt (None when the text is short), label, numbers.
+
+    Where the selection has them, `nearest` and `distance`: the nearest true document (else None).
+    """
     rows = []
     for rank, row in enumerate(_rows(selection.slice(0, FIRST)), start=1):
         text = cut(_text(row), LONGEST)
@@ -38,6 +41,8 @@ def first(selection: pa.Table, names: list[str]) -> list[dict[str, Any]]:
                 "text": text,
                 "excerpt": cut(text.replace("\n", " "), 180) if len(text) > 200 else None,
                 "label": label_name(row.get("label"), names),
+                "nearest": cut(clean(str(row["nearest"])), LONGEST) if row.get("nearest") else None,
+                "distance": row.get("nearest_distance"),
                 **{key: row.get(key) for key in ("confidence", "gain", "objective")},
             }
         )
@@ -47,11 +52,13 @@ def first(selection: pa.Table, names: list[str]) -> list[dict[str, Any]]:
 def data_block(selection: pa.Table, names: list[str]) -> tuple[Markup, int]:
     """JSON for a script element, and how many documents it holds (from the first, within BUDGET).
 
-    One array a document: id, text, label index, confidence, gain, objective. ``<``, ``>`` and ``&`` are
+    One array a document: id, text, label index, confidence, gain, objective and, where known, the nearest true
+    document and its distance. ``<``, ``>`` and ``&`` are
     written as escapes, so that no text can end the element it stands in.
     """
     n = max(1, selection.num_rows)
-    size = max(SHORTEST, min(LONGEST, BUDGET // n - 90))  # 90: the rest of a row
+    texts = 2 if "nearest" in selection.column_names else 1
+    size = max(SHORTEST, min(LONGEST, (BUDGET // n - 90) // texts))  # 90: the rest of a row
     pieces: list[str] = []
     used = 0
     for row in _rows(selection):
@@ -62,6 +69,8 @@ def data_block(selection: pa.Table, names: list[str]) -> tuple[Markup, int]:
             label if isinstance(label, int) and 0 <= label < len(names) else -1,
             *(_rounded(row.get(key)) for key in ("confidence", "gain", "objective")),
         ]
+        if row.get("nearest"):
+            fields += [cut(clean(str(row["nearest"])), size), _rounded(row.get("nearest_distance"))]
         piece = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).translate(_ESCAPES)
         used += len(piece.encode()) + 2
         if used > BUDGET:
@@ -78,6 +87,7 @@ def label_name(label: Any, names: list[str]) -> str:
 
 def _rows(selection: pa.Table) -> Iterator[dict[str, Any]]:
     wanted = ["doc_id", "text", "prompt", "response", "label", "confidence", "gain", "objective"]
+    wanted += ["nearest", "nearest_distance"]
     table = selection.select([name for name in wanted if name in selection.column_names])
     for batch in table.to_batches(max_chunksize=1024):
         yield from batch.to_pylist()

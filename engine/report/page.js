@@ -5,8 +5,8 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
   const table = byId("table"), body = table.tBodies[0];
-  const rows = data.rows.map(([id, text, label, confidence, gain, objective], i) =>
-    ({ rank: i + 1, id, text, label, confidence, gain, objective, key: (text + "\n" + id).toLowerCase() }));
+  const rows = data.rows.map(([id, text, label, confidence, gain, objective, nearest, distance], i) =>
+    ({ rank: i + 1, id, text, label, confidence, gain, objective, nearest, distance, key: (text + "\n" + id).toLowerCase() }));
   if (!rows.length) return;
   const state = { query: "", label: "", sort: "rank", down: false, page: 0, size: 100 };
   let shown = rows;
@@ -36,6 +36,12 @@
       details.append(summary, text);
       cell.append(details);
     } else cell.append(text);
+    if (row.nearest) {
+      const near = element("details", "near"), other = element("div", "text", row.nearest);
+      other.dir = "auto";
+      near.append(element("summary", "", `nearest true document, distance ${fixed(row.distance ?? null, 2)}`), other);
+      cell.append(near);
+    }
     cell.append(element("code", "id", row.id));
     return cell;
   };

@@ -132,17 +132,19 @@ def norms(values: Floats) -> Markup | None:
         return _svg(figure, "norms", "Norm of the gradient of each picked document")
 
 
-def confidence(selected: Floats, corpus: dict[str, Any] | None) -> Markup | None:
-    """Distribution of the fine-tuned model's confidence: selection against corpus."""
-    if selected.size == 0:
-        return None
-    edges = np.array(corpus["edges"], np.float64) if corpus else np.linspace(0, 1, 21)
-    counts = np.histogram(np.clip(selected, edges[0], edges[-1]), edges)[0]
+def confidence(counts: dict[str, Any]) -> Markup:
+    """Distribution of the fine-tuned model's confidence: selection against corpus.
+
+    Args:
+        counts: edges (n + 1), selected (n) and corpus (n, or None).
+    """
+    edges, selected = np.array(counts["edges"], np.float64), np.array(counts["selected"], np.float64)
     with mpl.rc_context(STYLE):
         figure, axes = _axes(3.2)
-        axes.stairs(100 * counts / counts.sum(), edges, fill=True, color=ACCENT, alpha=0.6, label="selection")
-        if corpus and sum(corpus["counts"]):
-            shares = 100 * np.array(corpus["counts"]) / sum(corpus["counts"])
+        share = 100 * selected / selected.sum()
+        axes.stairs(share, edges, fill=True, color=ACCENT, alpha=0.6, label="selection")
+        if counts["corpus"]:
+            shares = 100 * np.array(counts["corpus"]) / sum(counts["corpus"])
             axes.stairs(shares, edges, color=SECOND, linewidth=1.8, label="corpus")
         axes.set_xlabel("confidence of the fine-tuned model")
         axes.set_ylabel("documents, %")
@@ -151,12 +153,34 @@ def confidence(selected: Floats, corpus: dict[str, Any] | None) -> Markup | None
 
 
 def scatter(points: dict[str, Any]) -> Markup:
-    """Selected documents among the corpus, gradients projected to two dimensions."""
+    """Directions of gradients in a plane (`engine.report.plane`): selected documents among the corpus.
+
+    Args:
+        points: corpus and selected, lists of [x, y]; where known target [x, y] and variance [x, y].
+    """
     with mpl.rc_context(STYLE):
         figure, axes = _axes(4.2)
-        for name, color, size in (("corpus", MUTED, 2), ("selected", ACCENT, 3)):
+        for name, color, size in (("corpus", MUTED, 2.5), ("selected", ACCENT, 4.5)):
             xy = np.array(points.get(name) or np.zeros((0, 2)), np.float64)[: 5 * POINTS]
-            axes.plot(xy[:, 0], xy[:, 1], "o", color=color, alpha=0.5, markersize=size, label=name)
+            axes.plot(
+                xy[:, 0],
+                xy[:, 1],
+                "o",
+                color=color,
+                alpha=0.35 if name == "corpus" else 0.8,
+                markersize=size,
+                label=name,
+            )
+        if points.get("target"):
+            x, y = points["target"]
+            axes.plot(x, y, "*", color=SECOND, markersize=13, label="change in weights")
+        shares = points.get("variance") or (None, None)
+        for share, label, word in zip(
+            shares, (axes.set_xlabel, axes.set_ylabel), ("first", "second"), strict=True
+        ):
+            label(
+                f"{word} direction" + (f" ({100 * share:.0f}% of the variance)" if share is not None else "")
+            )
         axes.set_xticks([])
         axes.set_yticks([])
         axes.legend(loc="best")

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.evaluate.comparison import metrics
-from engine.report import plots, render
+from engine.report import plane, plots, render, render_json, render_markdown
 from engine.report.documents import BUDGET, data_block
 from engine.report.text import clean, cut
+from engine.rows import ArrayRows
 from engine.rundir import RunDir
 from engine.spec import RunSpec
 
@@ -132,7 +133,12 @@ SUMMARY: dict[str, Any] = {
         "confidence_histogram": {"edges": [0.0, 0.5, 1.0], "counts": [10, 30]},
     },
     "diagnostics": {"mean cosine": 0.61},
-    "map": {"corpus": [[0, 1], [1, 0]], "selected": [[1, 1]]},
+    "map": {
+        "corpus": [[0, 1], [1, 0]],
+        "selected": [[1, 1]],
+        "target": [0.5, 0.5],
+        "variance": [0.61, 0.2],
+    },
     "warnings": ["<u>redundant</u>"],
 }
 
@@ -155,8 +161,96 @@ def test_every_completed_stage_is_listed_in_order(tmp_path: Path) -> None:
         ("select", '<data value="61.4">1 min 01 s</data>'),
         ("retrain-greedy-0", "–"),
         ("evaluate-base", '<data value="2.0">2.0 s</data>'),
+        ("all", '<data value="4063.4">1 h 07 min</data>'),
     ]
     assert run.stage_fingerprint("extract")[:16] in table
+
+
+def test_time_counts_every_start_and_a_price_makes_it_cost(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    for name in ("extract", "retrain-greedy-0", "retrain-topk-0"):
+        run.begin(name, {"a": name})
+        run.finish(name, {"a": name}, {"seconds": 10.0})
+    summary = {"spent": {"extract": 3600.0, "retrain": 1800.0}, "price_per_hour": 4.0}
+    known = json.loads(render_json(run, run_spec(), None, selected(HOSTILE), summary))
+    rows = {row["name"]: (row["seconds"], row["part"]) for row in known["stages"]}
+    assert rows == {
+        "extract": (3600.0, False), "retrain": (1800.0, False),
+        "retrain-greedy-0": (10.0, True), "retrain-topk-0": (10.0, True),
+    }  # fmt: skip
+    assert known["total_seconds"] == 5400.0
+    assert known["total_cost"] == 6.0
+    html = render(run, run_spec(), None, selected(HOSTILE), summary)
+    assert '<data value="6.0">6.00</data>' in html
+    assert "Cost</th>" not in render(run, run_spec(), None, selected(HOSTILE), {})
+
+
+def test_json_holds_what_the_page_shows(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    known = json.loads(render_json(run, run_spec(), judged(), selected(HOSTILE), SUMMARY))
+    assert known["metrics"] == judged()
+    assert known["sentence"].startswith("Out of 6,000 documents, greedy chose 11")
+    assert known["objective"]["peak"] == {"size": 7, "value": 0.4987}
+    assert [row["corpus"] for row in known["labels"]] == [3000, 1500, 500, 1000]
+    assert sum(known["confidence"]["selected"]) == len(HOSTILE)
+    assert known["map"] == SUMMARY["map"]
+    assert RunSpec.from_dict(known["spec"]) == run_spec()
+
+
+def test_markdown_has_the_same_numbers_and_no_markup_of_the_corpus(tmp_path: Path) -> None:
+    texts = [*HOSTILE, "# a | heading", "[x](javascript:1) ![](https://example.com/a.png) *b* `c`", "1. one"]
+    run = RunDir(str(tmp_path))
+    text = render_markdown(run, run_spec(), judged(), selected(texts), SUMMARY)
+    assert "| greedy | 83.2 ± 0.6% | 66.6 ± 0.3% | 2 |" in text
+    assert "Out of 6,000 documents, greedy chose 14" in text
+    assert not re.search(
+        r"(?<!\\)[<`]|(?<!\\)\[|://", text.replace(f"    unbake recover --config {tmp_path}", "")
+    )
+    listed = text[text.index("## The first 14") :]
+    assert "\n12. \\# a \\| heading *" in listed
+    assert "\n14. 1\\. one *" in listed
+    assert listed.count("\n1. ") == 1
+
+
+def test_the_nearest_true_document_is_shown_with_each(tmp_path: Path) -> None:
+    table = selected(["a", "b"]).append_column("nearest", pa.array([HOSTILE[0], None]))
+    table = table.append_column("nearest_distance", pa.array([0.25, None]))
+    html = render(RunDir(str(tmp_path)), run_spec(), None, table, {})
+    assert [row[6:] for row in data_of(html)["rows"]] == [[HOSTILE[0], 0.25], []]
+    assert html.count("nearest true document, distance 0.25") == 1
+    assert "<script>alert" not in html
+    got = Page(html)
+    assert HOSTILE[0] in [text for tag, text in got.texts if tag == "div"]
+
+
+def test_the_map_spreads_the_corpus_by_its_principal_directions() -> None:
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.standard_normal((40, 3)))[0].T
+    kind = rng.integers(0, 2, 4000)
+    x = np.where(kind[:, None] == 0, axes[0], -axes[0]) + 0.5 * rng.standard_normal((4000, 1)) * axes[1]
+    x = (x + 0.02 * rng.standard_normal(x.shape)).astype(np.float32) * rng.uniform(0.1, 10, (4000, 1))
+    valid = np.ones(4000, bool)
+    valid[::7] = False
+    rows = ArrayRows(x.astype(np.float32), axes[0] * 3, valid=valid)
+    picked = np.flatnonzero((kind == 0) & valid)[:50]
+    made = plane(rows, picked)
+    assert made == plane(rows, picked)
+    assert made["variance"][0] > 0.7
+    assert 0.9 < sum(made["variance"]) <= 1.0
+    side = {kind: np.array(made[kind])[..., 0] for kind in ("corpus", "selected", "target")}
+    assert len(set(np.sign(side["selected"]))) == 1
+    assert np.sign(side["target"]) == np.sign(side["selected"][0])
+    assert 0.3 < (np.sign(side["corpus"]) == np.sign(side["target"])).mean() < 0.7
+    # Principal component analysis by other means: the eigenvectors of the covariance.
+    units = x[valid] / np.linalg.norm(x[valid], axis=1, keepdims=True)
+    share = np.linalg.eigvalsh(np.cov(units.T))[::-1][:2] / np.trace(np.cov(units.T))
+    np.testing.assert_allclose(made["variance"], share, atol=0.02)
+
+
+def test_too_few_gradients_make_no_map() -> None:
+    rows = ArrayRows(np.ones((2, 8), np.float32), np.ones(8))
+    assert plane(rows, np.array([0])) is None
+    assert plane(ArrayRows(np.zeros((50, 8), np.float32), np.ones(8)), np.array([0])) is None
 
 
 def page(tmp_path: Path, texts: list[str], **changes: Any) -> str:

@@ -19,6 +19,7 @@ from engine.rows import ArrayRows
 from engine.select import Columns, select
 from engine.spec import RunSpec, Select
 from jobs.__main__ import COMMANDS, main
+from jobs.usage import EXAMPLES, GROUPS
 
 ROOT = Path(__file__).parents[2]
 SPEC: dict[str, Any] = {
@@ -143,7 +144,7 @@ def test_help_lists_every_field(command: str, capsys: pytest.CaptureFixture[str]
         main([command, "--help"])
     assert left.value.code == 0
     out = capsys.readouterr().out
-    if command != "demo":
+    if command in ("recover", "extract", "select", "retrain", "evaluate", "report"):
         assert all(f"--{name} " in out for name in fields(RunSpec))
 
 
@@ -152,6 +153,65 @@ def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(f"  {name} " in out for name in COMMANDS)
     assert main([]) == 2
+
+
+def test_the_usage_fits_a_screen_and_every_command_leads_with_an_example(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 120
+    assert COMMANDS.keys() <= {name for names in GROUPS.values() for name in names}
+    for command in COMMANDS:
+        line = EXAMPLES[command]
+        assert line.startswith(f"unbake {command}")
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert capsys.readouterr().out.startswith(f"example: {line}\n")
+
+
+def test_a_reader_that_leaves_is_no_fault(tmp_path: Path) -> None:
+    for arguments in ("--help", "recover --help"):
+        command = f"set -o pipefail; {sys.executable} -m jobs {arguments} | head -c 10 >/dev/null"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.stderr == ""
+        assert done.returncode in (0, 141)
+
+
+def test_a_pipe_that_breaks_elsewhere_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("jobs.__main__._run", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["recover"])
+
+
+def test_an_interruption_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.__main__._run", interrupted)
+    assert main(["recover", "my run.yaml"]) == 130
+    assert "go on from here: unbake recover 'my run.yaml'" in capsys.readouterr().err
+
+
+def test_a_spec_or_a_run_directory_may_stand_without_an_option(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = printed(capsys, config, "--select.size", "7")
+    assert spec.select.size == 7
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved/spec.yaml").write_text(spec.to_yaml())
+    moved = printed(capsys, str(tmp_path / "moved"))
+    assert moved == spec.model_copy(update={"run_dir": str(tmp_path / "moved")})
+    assert main(["recover", config, "--config", config]) == 2
+    assert "not both" in capsys.readouterr().err
+    assert main(["recover", str(tmp_path)]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
 
 
 def test_help_and_print_config_start_no_heavy_library(config: str) -> None:

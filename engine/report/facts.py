@@ -1,4 +1,4 @@
-"""What the page says: plain values for the template, from the spec, the metrics and the stages' results."""
+"""What a report says, in any format: plain values from the spec, the metrics and the stages' results."""
 
 from __future__ import annotations
 
@@ -10,49 +10,52 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from engine.report import documents, numbers, plots
+from engine.report import numbers
 from engine.rundir import SPEC, STAGES, RunDir
 from engine.spec import RunSpec
 
 PACKAGES = ("unbake", "torch", "transformers", "ray", "deepspeed", "zarr", "numpy", "pyarrow")
 STAGE_ORDER = ("extract", "select", "retrain", "evaluate")
+CAUTION = (
+    "A selected document is not evidence of membership in the training set: it is evidence of usefulness. "
+    "It moves the base model the way the fine-tuned model went, whether or not it was ever trained on."
+)
+HASHES = {"models.base": "base weights", "models.finetuned": "fine-tuned weights", "corpus": "corpus plan"}
+"""Inputs of the extract stage that identify what a run was made from, and their names in the report."""
 
 
-def context(
+def facts(
     run: RunDir, spec: RunSpec, metrics: dict[str, Any] | None, selection: pa.Table, summary: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything page.html uses; see `engine.report.render` for the arguments."""
+    """Everything that every format shows, JSON-able; see `engine.report.render` for the arguments."""
     select, extract = summary.get("select") or {}, summary.get("extract") or {}
     objective = _objective(selection, select)
-    block, in_block = documents.data_block(selection, spec.task.names)
+    stages = _stages(run, summary)
     return {
         "title": f"What {_short_name(spec.models.finetuned)} may have learned from",
         "sentence": sentence(spec, metrics, selection, select, extract, objective),
+        "caution": CAUTION,
         "warnings": _warnings(metrics, summary, objective),
-        "spec": spec,
+        "strategy": select.get("strategy", spec.select.strategy),
+        "n_selected": selection.num_rows,
         "metrics": metrics,
         "standard_error": _standard_error(metrics),
-        "comparison": plots.comparison(metrics) if metrics else None,
         "objective": objective,
         "certificate": select.get("certificate") or {},
         "labels": _labels(selection, extract, spec.task.names),
-        "confidence": plots.confidence(
-            _numbers(selection, "confidence"), extract.get("confidence_histogram")
-        ),
-        "map": plots.scatter(summary["map"]) if summary.get("map") else None,
-        "documents": documents.first(selection, spec.task.names),
-        "data": block,
-        "n_selected": selection.num_rows,
-        "n_searchable": in_block,
+        "confidence": _confidence(selection, extract.get("confidence_histogram")),
+        "map": summary.get("map"),
         "extract": extract,
         "diagnostics": summary.get("diagnostics") or {},
-        "stages": _stages(run, summary),
+        "stages": stages,
+        "total_seconds": _total(stages, "seconds"),
+        "total_cost": _total(stages, "cost"),
         "command": f"unbake recover --config {shlex.quote(run.path(SPEC))}",
         "versions": summary.get("versions") or versions(),
-        "yaml": spec.to_yaml(),
-        "spec_hash": hashlib.sha256(spec.to_yaml().encode()).hexdigest(),
+        "hashes": _hashes(run, spec),
     }
 
 
@@ -101,24 +104,40 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _objective(selection: pa.Table, select: dict[str, Any]) -> dict[str, Any] | None:
-    """The path of f with its peak, and its figures; None without an objective."""
+def objective_path(selection: pa.Table, select: dict[str, Any]) -> npt.NDArray[np.float64]:
+    """f after each pick, (k,), beyond the selection's end where that was cut at the peak; empty if unknown."""
     path = select.get("path")
-    values = np.array(path, np.float64) if path else _numbers(selection, "objective")
+    return np.array(path, np.float64) if path else column(selection, "objective")
+
+
+def _objective(selection: pa.Table, select: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of the path of f; None without an objective."""
+    values = objective_path(selection, select)
     if values.size == 0:
         return None
     at = int(np.argmax(values))
-    peak = select.get("peak") or {"size": at + 1, "value": float(values[at])}
     random = select.get("random_path") or None
     return {
         "size": selection.num_rows,
         "last": float(values[min(selection.num_rows, values.size) - 1]),
-        "peak": peak,
+        "peak": select.get("peak") or {"size": at + 1, "value": float(values[at])},
         "random": {"mean": random["mean"][-1], "std": random["std"][-1]}
         if random and random["mean"]
         else None,
-        "path": plots.objective(values, peak, random),
-        "norm": plots.norms(_numbers(selection, "norm")),
+    }
+
+
+def _confidence(selection: pa.Table, corpus: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Counts of confidence between common edges: selected, and the corpus (None where unknown)."""
+    values = column(selection, "confidence")
+    if values.size == 0:
+        return None
+    edges = np.array(corpus["edges"], np.float64) if corpus else np.linspace(0, 1, 21)
+    counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
+    return {
+        "edges": edges.tolist(),
+        "selected": counts.tolist(),
+        "corpus": corpus["counts"] if corpus and sum(corpus["counts"]) else None,
     }
 
 
@@ -143,14 +162,40 @@ def _labels(selection: pa.Table, extract: dict[str, Any], names: list[str]) -> l
 
 
 def _stages(run: RunDir, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Duration and fingerprint of every completed stage, in the order of the pipeline."""
+    """Time, cost and fingerprint of every completed stage, in the order of the pipeline.
+
+    The time is the log's, over all starts, where the log has the stage, else the last start's. Models are
+    retrained in one go: the stage retrain has the time of all, with their start, and they are `part` of it.
+    """
+    spent, price = summary.get("spent") or {}, summary.get("price_per_hour")
     rows = []
+
+    def add(name: str, seconds: float | None, stamp: str) -> None:
+        cost = seconds / 3600 * price if seconds is not None and price is not None else None
+        part = name.startswith("retrain-") and "retrain" in spent
+        rows.append({"name": name, "seconds": seconds, "cost": cost, "fingerprint": stamp, "part": part})
+
+    if "retrain" in spent:
+        add("retrain", spent["retrain"], "")
     for file in run.names(STAGES):
         if file.endswith(".json") and not file.endswith(".inputs.json"):
             name, record = file.removesuffix(".json"), run.read_json(f"{STAGES}/{file}")
-            seconds = (record.get("result") or summary.get(name) or {}).get("seconds")
-            rows.append({"name": name, "seconds": seconds, "fingerprint": str(record.get("fingerprint", ""))})
+            seconds = spent.get(name, (record.get("result") or summary.get(name) or {}).get("seconds"))
+            add(name, seconds, str(record.get("fingerprint", "")))
     return sorted(rows, key=lambda row: ([not row["name"].startswith(s) for s in STAGE_ORDER], row["name"]))
+
+
+def _total(stages: list[dict[str, Any]], what: str) -> float | None:
+    """Sum over the stages that are no part of another; None where nothing is known."""
+    return math.fsum(stage[what] or 0.0 for stage in stages if not stage["part"]) or None
+
+
+def _hashes(run: RunDir, spec: RunSpec) -> dict[str, str]:
+    """sha256 of what the run was made from, by a name."""
+    found = {"spec.yaml": hashlib.sha256(spec.to_yaml().encode()).hexdigest()}
+    name = f"{STAGES}/extract.inputs.json"
+    inputs = run.read_json(name) if run.exists(name) else {}
+    return found | {HASHES[field]: str(inputs[field]) for field in HASHES if inputs.get(field)}
 
 
 def _standard_error(metrics: dict[str, Any] | None) -> float | None:
@@ -174,11 +219,11 @@ def _warnings(
     return list(dict.fromkeys(found))
 
 
-def _numbers(selection: pa.Table, column: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def column(selection: pa.Table, name: str) -> npt.NDArray[np.float64]:
     """A column's finite values as float64, in order; empty when it is absent."""
-    if column not in selection.column_names:
+    if name not in selection.column_names:
         return np.zeros(0)
-    values = [v for v in selection[column].to_pylist() if v is not None and math.isfinite(v)]
+    values = [v for v in selection[name].to_pylist() if v is not None and math.isfinite(v)]
     return np.array(values, np.float64)
 
 

@@ -1,4 +1,4 @@
-"""unbake recover: the whole pipeline; each stage is skipped when its output is complete and still fits."""
+"""The whole pipeline, behind `unbake recover` and `jobs.recover`; complete stages that still fit are skipped."""
 
 from __future__ import annotations
 
