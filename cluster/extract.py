@@ -6,9 +6,13 @@ tokens go to the actors, gradients from an actor to its own shard, and only rece
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import json
 import os
+import random
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.util.annotations import RayDeprecationWarning
 
 from cluster.session import gpus_per_worker
@@ -42,6 +46,9 @@ LOST = (
 
 PARTITIONS_PER_ENCODER = 8
 """An encoder takes seconds to start and encodes a partition in about one: for few partitions one is enough."""
+
+PARTITIONS_AHEAD, TOKEN_BYTES, AHEAD_BYTES = 4, 8, 64 << 20
+"""Partitions of the longest documents that may wait encoded for each gradient actor; at least so many bytes."""
 
 ENCODE_CPUS = 0.25
 """CPUs an encode task asks for: small, so that it is placed beside actors that hold every whole CPU."""
@@ -81,46 +88,117 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    gpus = gpus_per_worker(settings.gpus_per_worker)
-    encoders = max(1, len(todo) // PARTITIONS_PER_ENCODER)
+    cpus, gpus = actor_resources(settings, job.threads)
+    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=_ahead(job))
+    attempts = Attempts.remote()
     with warnings.catch_warnings():
         # Ray 2.60 deprecates the only way to limit retries before it has another.
         warnings.simplefilter("ignore", RayDeprecationWarning)
+        replaced: dict[str, Any] = {"max_restarts": -1, "max_task_retries": settings.max_attempts - 1}
         stream = (
             ray.data.from_items([{"partition": p} for p in todo], override_num_blocks=len(todo))
             .map(
-                EncodePartition, fn_constructor_args=(job,), compute=_pool(1, encoders), num_cpus=ENCODE_CPUS
+                EncodePartition,
+                fn_constructor_args=(job, attempts),
+                compute=_pool(1, encoders(len(todo))),
+                num_cpus=ENCODE_CPUS,
+                **replaced,
             )
             .map(
                 WritePartition,
-                fn_constructor_args=(job, "cuda" if gpus else "cpu"),
+                fn_constructor_args=(job, "cuda" if gpus else "cpu", attempts),
                 compute=_pool(settings.workers_min, settings.workers_max),
-                num_cpus=settings.cpus_per_worker or (1 if gpus else max(0.5, job.threads - 2 * ENCODE_CPUS)),
+                num_cpus=cpus,
                 num_gpus=gpus or None,
-                max_restarts=-1,
-                max_task_retries=settings.max_attempts - 1,
+                **replaced,
             )
         )
-    for row in _rows(stream, settings.max_attempts):
+    for row in _rows(stream, attempts, settings.max_attempts):
         receipt = json.loads(row["receipt"])
         if "error" in receipt:
             raise UserError(receipt["error"])
         on_receipt(receipt)
 
 
-def _rows(stream: ray.data.Dataset, attempts: int) -> Iterator[dict[str, Any]]:
-    """The stream's rows; a partition that took its worker down `attempts` times is one sentence."""
+def actor_resources(settings: Extract, threads: int) -> tuple[float, float]:
+    """CPUs and GPUs that a gradient actor asks for; a connection to Ray is needed."""
+    gpus = gpus_per_worker(settings.gpus_per_worker)
+    cpus = settings.cpus_per_worker or (1 if gpus else max(0.5, threads - 2 * ENCODE_CPUS))
+    return cpus, gpus
+
+
+def encoders(partitions: int) -> int:
+    """Encode actors at most, for so many partitions."""
+    return max(1, partitions // PARTITIONS_PER_ENCODER)
+
+
+def actors(job: ExtractJob) -> int:
+    """Gradient actors that the connected cluster has room for now, as far as the spec lets them be started."""
+    cpus, gpus = actor_resources(job.spec.extract, job.threads)
+    resources = ray.cluster_resources()
+    fitting = int(resources.get("GPU", 0) / gpus if gpus else resources.get("CPU", 1) / cpus)
+    return max(job.spec.extract.workers_min, min(fitting, job.spec.extract.workers_max or fitting))
+
+
+def _ahead(job: ExtractJob) -> int:
+    """Bytes of encoded partitions that may wait: encoders are faster, and would fill the object store."""
+    longest = job.spec.corpus.partition_rows * job.spec.task.max_tokens * TOKEN_BYTES
+    return max(AHEAD_BYTES, PARTITIONS_AHEAD * longest * actors(job))
+
+
+def _rows(stream: ray.data.Dataset, attempts: Any, limit: int) -> Iterator[dict[str, Any]]:
+    """The stream's rows; a partition that took its worker down `limit` times is one sentence with its name."""
     try:
         yield from stream.iter_rows()
     except LOST as error:
+        begun: dict[int, int] = ray.get(attempts.unfinished.remote())
+        worst = max(begun, key=lambda partition: (begun[partition], -partition), default=None)
+        who = "a partition" if worst is None else f"partition {worst}"
         raise UserError(
-            f"a partition was lost {attempts} times with its worker, out of memory perhaps ({first_line(error)}): "
-            "lower gradients.tokens_per_batch or extract.workers_max; the same command goes on from here."
+            f"{who} was lost {limit} times with its worker, out of memory perhaps ({first_line(error)}): lower "
+            "gradients.tokens_per_batch or extract.workers_max; the partitions that were written are kept, and "
+            "the same command goes on from here."
         ) from None
+    finally:
+        ray.kill(attempts)
+
+
+@ray.remote(num_cpus=0)
+class Attempts:
+    """Counts how often work on each partition was begun and not ended: it names one that kills its workers."""
+
+    def __init__(self) -> None:
+        self._begun: collections.Counter[int] = collections.Counter()
+
+    def begin(self, partition: int) -> None:
+        """Work on a partition begins; the caller waits for the answer, so that its death comes after."""
+        self._begun[partition] += 1
+
+    def end(self, partition: int) -> None:
+        """It has ended, well or with an error of its own."""
+        self._begun.pop(partition, None)
+
+    def unfinished(self) -> dict[int, int]:
+        """Partition -> times it was begun since it last ended."""
+        return dict(self._begun)
+
+
+@contextlib.contextmanager
+def _counted(attempts: Any, partition: int) -> Iterator[None]:
+    """Say to `attempts` that a partition is being worked on; a worker that dies in the block does not say more."""
+    ray.get(attempts.begin.remote(partition))
+    try:
+        yield
+    finally:
+        attempts.end.remote(partition)
 
 
 def _pool(smallest: int, largest: int | None) -> ActorPoolStrategy:
     return ActorPoolStrategy(min_size=smallest, max_size=largest, max_tasks_in_flight_per_actor=2)
+
+
+BACK_OFF = 0.5
+"""Seconds before storage that failed is tried again, doubled each time, and up to as much again by chance."""
 
 
 def _attempt(work: Callable[[], T], attempts: int) -> T:
@@ -131,27 +209,29 @@ def _attempt(work: Callable[[], T], attempts: int) -> T:
         except OSError as error:
             if last == attempts:
                 raise UserError(f"storage failed {attempts} times: {first_line(error)}.") from None
+            time.sleep(BACK_OFF * 2 ** (last - 1) * (1 + random.random()))
     raise AssertionError("attempts is at least 1")
 
 
 class EncodePartition:
     """Reads a partition's documents and encodes them; the tokenizer is loaded once an actor."""
 
-    def __init__(self, job: ExtractJob) -> None:
-        self.job = job
+    def __init__(self, job: ExtractJob, attempts: Any) -> None:
+        self.job, self.attempts = job, attempts
         self._encoder: Encoder | None = None
 
     @property
     def encoder(self) -> Encoder:
         """Made at first use: an exception in an actor's constructor would reach the driver as Ray's."""
-        self._encoder = self._encoder or _encoder(self.job)
+        self._encoder = self._encoder or encoder_of(self.job)
         return self._encoder
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """{"partition"} -> tokens, targets, offsets as bytes, and the quarantined as JSON."""
         partition = int(row["partition"])
         try:
-            return _attempt(lambda: self._encode(partition), self.job.spec.extract.max_attempts)
+            with _counted(self.attempts, partition):
+                return _attempt(lambda: self._encode(partition), self.job.spec.extract.max_attempts)
         except UserError as error:
             return _packed(partition, None, {"error": str(error)})
 
@@ -168,11 +248,11 @@ class EncodePartition:
 class WritePartition:
     """Holds the working model; labels, differentiates and projects a partition, and writes its shard."""
 
-    def __init__(self, job: ExtractJob, device: str) -> None:
+    def __init__(self, job: ExtractJob, device: str, attempts: Any) -> None:
         import torch
 
         torch.set_num_threads(job.threads)
-        self.job, self.device = job, device
+        self.job, self.device, self.attempts = job, device, attempts
         self._ready: tuple[GradientEngine, GradientStore] | None = None
 
     @property
@@ -181,7 +261,7 @@ class WritePartition:
         if self._ready is None:
             job = self.job
             endpoints = Endpoints(job.base, job.finetuned, job.spec.models.trust_remote_code)
-            engine = GradientEngine(endpoints, _encoder(job), job.target, job.spec, self.device)
+            engine = GradientEngine(endpoints, encoder_of(job), job.target, job.spec, self.device)
             self._ready = engine, GradientStore.open(RunDir(job.run_uri), writable=True)
         return self._ready
 
@@ -191,7 +271,8 @@ class WritePartition:
         if "error" in about:
             return {"receipt": row["about"]}
         try:
-            record = _attempt(lambda: self._write(row, about), self.job.spec.extract.max_attempts)
+            with _counted(self.attempts, int(row["partition"])):
+                record = _attempt(lambda: self._write(row, about), self.job.spec.extract.max_attempts)
         except UserError as error:
             record = {"error": str(error)}
         return {"receipt": json.dumps(record)}
@@ -213,7 +294,8 @@ class WritePartition:
         return {i: ids[i] for i in problems}
 
 
-def _encoder(job: ExtractJob) -> Encoder:
+def encoder_of(job: ExtractJob) -> Encoder:
+    """The run's encoder, made anew in the process that calls."""
     tokenizer = load_tokenizer(job.base, job.spec.models.trust_remote_code)
     return Encoder(tokenizer, job.spec.task, job.spec.loss_scope)
 

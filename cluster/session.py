@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -30,6 +32,7 @@ def session(settings: Ray, verbose: bool = False) -> Iterator[None]:
         yield
         return
     _quiet(verbose)
+    on_term = signal.getsignal(signal.SIGTERM)
     address = settings.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
@@ -44,6 +47,8 @@ def session(settings: Ray, verbose: bool = False) -> Iterator[None]:
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot connect to Ray at {address or 'this machine'}: {first}") from None
+    if callable(on_term) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_term)  # Ray has put its own in place, which leaves at once
     try:
         yield
     finally:

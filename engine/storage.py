@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,8 +100,26 @@ class Folder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write JSON atomically, keys sorted so that equal values give equal bytes."""
-        text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        self.write_bytes(name, (text + "\n").encode())
+        self.write_bytes(name, _json_bytes(value))
+
+    def create_json(self, name: str, value: Any) -> bool:
+        """Write JSON unless the file is there; whether it was written.
+
+        Of several writers one succeeds, on a local disk and on stores with conditional writes (S3, GCS).
+        """
+        path, data = self.path(name), _json_bytes(value)
+        try:
+            if self.local:
+                _create_local(path, data)
+            else:
+                self.fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if not self.local and self.exists(name):  # a store's own words for "it is there"
+                return False
+            raise UserError(f"cannot write {path}: {reason(error)}.") from None
+        return True
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Read a Parquet file."""
@@ -126,6 +145,21 @@ def reason(error: OSError) -> str:
 
 def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _json_bytes(value: Any) -> bytes:
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def _create_local(path: str, data: bytes) -> None:
+    """Write a file that is not there, whole from its first moment; FileExistsError when it is there."""
+    whole = f"{path}.{uuid.uuid4().hex}"
+    _write_local(whole, data)
+    try:
+        os.link(whole, path)
+    finally:
+        os.unlink(whole)
 
 
 def _write_local(path: str, data: bytes) -> None:

@@ -90,7 +90,6 @@ def _extract(job: Job, ready: Prepared, inputs: dict[str, Any]) -> dict[str, Any
     shape = StoreShape(len(job.spec.gradients.fractions), plan.n_rows, target.dim, plan.partition_rows)
     about = {"fingerprint": stamp, "projector": target.projector().describe(), "delta_norm": delta_norm}
     store = GradientStore.create(job.run, shape, delta, {**about, "fractions": job.spec.gradients.fractions})
-    store.sweep()
     done = store.done(stamp)
     todo = [p for p in range(plan.n_partitions) if p not in done]
     rows_done = sum(record["rows"] for record in done.values())
@@ -120,6 +119,7 @@ def _extract(job: Job, ready: Prepared, inputs: dict[str, Any]) -> dict[str, Any
             f"partition {missing[0]} was not written, after {job.spec.extract.max_attempts} attempts "
             f"({len(missing)} in all): run the same command again to retry them."
         )
+    store.sweep()
     watch.write()
     return _result(job, store, target, watch, time.monotonic() - started)
 

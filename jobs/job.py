@@ -15,10 +15,12 @@ import transformers
 from engine.checkpoints import Endpoints
 from engine.encode import Encoder
 from engine.errors import UserError
+from engine.lock import RunLock
 from engine.models import load_tokenizer, resolve
 from engine.rundir import ENDPOINTS, RunDir, fingerprint
 from engine.spec import RunSpec
 from jobs.progress import Progress
+from jobs.stopping import request_stop
 
 
 @dataclasses.dataclass
@@ -62,6 +64,14 @@ class Job:
         self._record(stage, inputs)
         self.run.finish(stage, inputs, result, outputs)
         return result
+
+    def locked(self) -> RunLock:
+        """The run's lock, to be held while anything is written: `with job.locked(): ...`; see `RunLock`."""
+
+        def lost() -> None:
+            request_stop(f"another driver has taken over {self.run.uri}, so this one stops")
+
+        return RunLock(self.run, self.progress.say, lost)
 
     def _record(self, stage: str, inputs: dict[str, Any]) -> None:
         self.run.begin(stage, inputs)
