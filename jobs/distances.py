@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from engine.checkpoints import weights_hash
 from engine.corpus import read_labelled
-from engine.evaluate.distances import Documents, compare_sets
+from engine.evaluate.distances import Documents, compare_sets, nearest
 from engine.evaluate.embedding import Embedder, embedder_folder
 from engine.evaluate.task import TestSet, match_labels
+from engine.rundir import NEAREST, SELECTION
 from jobs.job import Job
 from jobs.testset import content_hash
 
-CODE = 1
+CODE = 2
 """Raised whenever the same inputs would give other numbers."""
 
 
@@ -84,6 +86,10 @@ def distances(job: Job, stage: str, selection: str, true: TrueSet) -> dict[str, 
         with job.progress.stage(stage, len(texts), "documents") as progress:
             chosen = Documents(texts, true.embedder.embed(texts), labels)
             found = compare_sets(chosen, true.documents, job.spec.evaluate.compared)
+            if selection == SELECTION:  # for the report
+                near, distance = nearest(chosen, true.documents)
+                columns = {"nearest": [true.texts[i] for i in near], "nearest_distance": distance}
+                job.run.write_table(NEAREST, pa.table(columns))
             progress.update(len(texts))
             return found | {"seconds": round(progress.seconds, 3)}
 

@@ -64,7 +64,7 @@ def report(job: Job, kind: str = "html", out: str | None = None, price: float | 
         price: of an hour of the machines.
     """
     from engine import report as formats
-    from engine.rundir import METRICS, SELECTION
+    from engine.rundir import METRICS, NEAREST, SELECTION
 
     run = job.run
     summary: dict[str, Any] = {"spent": spent(run), "price_per_hour": price}
@@ -73,6 +73,9 @@ def report(job: Job, kind: str = "html", out: str | None = None, price: float | 
         summary[stage] = run.stage_result(stage)
     selection = run.read_table(SELECTION)
     summary["map"] = _map(job, selection["row"].to_numpy())
+    if run.exists(NEAREST) and (near := run.read_table(NEAREST)).num_rows == selection.num_rows:
+        for name in near.column_names:
+            selection = selection.append_column(name, near[name])
     metrics = run.read_json(METRICS) if run.exists(METRICS) else None
     render = {"html": formats.render, "md": formats.render_markdown, "json": formats.render_json}[kind]
     page = render(run, job.spec, metrics, selection, summary)

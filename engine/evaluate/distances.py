@@ -107,6 +107,20 @@ def vocabulary(selected: Sequence[str], true: Sequence[str]) -> float:
     return len(words[0] & words[1]) / max(1, len(words[1]))
 
 
+def nearest(selected: Documents, true: Documents) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """The true document nearest to each selected one by its embedding.
+
+    Returns:
+        positions in `true` and distances, 1 - cosine, both (n,).
+    """
+    found, distance = [], []
+    for part in np.array_split(selected.embeddings, max(1, -(-len(selected) // 256))):
+        cosine = part @ true.embeddings.T
+        found.append(cosine.argmax(axis=1))
+        distance.append(1 - cosine.max(axis=1))
+    return np.concatenate(found), np.concatenate(distance)
+
+
 def _transport_draws(
     selected: Documents, true: Documents, limit: int, rng: np.random.Generator
 ) -> dict[str, Any]:
@@ -172,13 +186,7 @@ def _edit(selected: Sequence[str], true: Sequence[str], rng: np.random.Generator
 def _neighbour_labels(selected: Documents, true: Documents) -> float | None:
     if selected.labels is None or true.labels is None:
         return None
-    nearest = np.concatenate(
-        [
-            (part @ true.embeddings.T).argmax(axis=1)
-            for part in np.array_split(selected.embeddings, -(-len(selected) // 256))
-        ]
-    )
-    return float((selected.labels == true.labels[nearest]).mean())
+    return float((selected.labels == true.labels[nearest(selected, true)[0]]).mean())
 
 
 def _some(n: int, limit: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -119,6 +119,7 @@ def _template(name: str, html: bool) -> jinja2.Template:
         keep_trailing_newline=True,
         finalize=_finalize if html else markdown,
     )
+    environment.globals["distances"] = facts.DISTANCES
     environment.filters.update(
         value=numbers.value,
         plus_minus=numbers.plus_minus,

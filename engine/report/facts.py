@@ -23,6 +23,14 @@ CAUTION = (
     "A selected document is not evidence of membership in the training set: it is evidence of usefulness. "
     "It moves the base model the way the fine-tuned model went, whether or not it was ever trained on."
 )
+DISTANCES = {
+    "transport": "emd",
+    "Sinkhorn": "sinkhorn",
+    "edit": "edit",
+    "true words": "vocabulary",
+    "true documents": "true_found",
+}
+"""Columns of the table of distances from the true set -> keys of `engine.evaluate.distances.compare_sets`."""
 HASHES = {"models.base": "base weights", "models.finetuned": "fine-tuned weights", "corpus": "corpus plan"}
 """Inputs of the extract stage that identify what a run was made from, and their names in the report."""
 

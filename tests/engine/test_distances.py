@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from engine.errors import UserError
-from engine.evaluate.distances import Documents, compare_sets, transport, vocabulary
+from engine.evaluate.distances import Documents, compare_sets, nearest, transport, vocabulary
 from engine.evaluate.embedding import Embedder, embedder_folder
 from engine.models import hidden_states, load_model, load_tokenizer
 
@@ -127,3 +127,11 @@ def test_minilm_puts_a_paraphrase_nearer_than_another_topic() -> None:
     )
     assert vectors.shape == (3, 384)
     assert vectors[0] @ vectors[1] > 0.6 > 0.3 > vectors[0] @ vectors[2]
+
+
+def test_the_nearest_true_document_is_found_with_its_distance() -> None:
+    true = Documents(["a", "b", "c"], np.eye(3, dtype=np.float32))
+    chosen = Documents(["x", "y"], np.array([[0, 0.6, 0.8], [1, 0, 0]], np.float32))
+    where, distance = nearest(chosen, true)
+    assert where.tolist() == [2, 0]
+    np.testing.assert_allclose(distance, [0.2, 0.0], atol=1e-6)

@@ -212,6 +212,16 @@ def test_markdown_has_the_same_numbers_and_no_markup_of_the_corpus(tmp_path: Pat
     assert listed.count("\n1. ") == 1
 
 
+def test_distances_from_the_true_set_stand_beside_each_other(tmp_path: Path) -> None:
+    known = judged() | {"distances": [{"strategy": "greedy", "seed": None, "emd": 0.8125, "edit": None}]}
+    run = RunDir(str(tmp_path))
+    html = render(run, run_spec(), known, selected(HOSTILE), SUMMARY)
+    assert '<data value="0.8125">0.812</data>' in html
+    text = render_markdown(run, run_spec(), known, selected(HOSTILE), SUMMARY)
+    assert "| greedy | 0.812 | – | – | – | – |" in text
+    assert "true set" not in render_markdown(run, run_spec(), judged(), selected(HOSTILE), SUMMARY)
+
+
 def test_the_nearest_true_document_is_shown_with_each(tmp_path: Path) -> None:
     table = selected(["a", "b"]).append_column("nearest", pa.array([HOSTILE[0], None]))
     table = table.append_column("nearest_distance", pa.array([0.25, None]))

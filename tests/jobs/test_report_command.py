@@ -11,7 +11,7 @@ import pytest
 import tiny
 import yaml
 
-from engine.rundir import LOG, SELECTION, RunDir
+from engine.rundir import LOG, NEAREST, SELECTION, RunDir
 from engine.spec import RunSpec
 from engine.store import VALID, GradientStore, StoreShape
 from jobs.__main__ import main
@@ -77,6 +77,17 @@ def test_it_opens_where_asked_and_prints_where_asked(
     assert main(["report", run.root, "--format", "md", "--open"]) == 2
     assert main(["report", run.root, "--out", str(tmp_path / "no/page.html")]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_nearest_true_documents_are_those_of_the_selection(run: RunDir) -> None:
+    near = {"nearest": [f"true {i}" for i in range(20)], "nearest_distance": [i / 20 for i in range(20)]}
+    run.write_table(NEAREST, pa.table(near))
+    main(["report", run.root, "-q"])
+    page = run.read_bytes("report.html").decode()
+    assert '"true 7",0.35]' in page
+    run.write_table(NEAREST, pa.table(near).slice(0, 5))  # of a selection that was made anew
+    main(["report", run.root, "-q"])
+    assert "true 7" not in run.read_bytes("report.html").decode()
 
 
 def test_the_map_outlives_the_store(run: RunDir) -> None:
