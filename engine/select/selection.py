@@ -130,7 +130,8 @@ def random_path(
     u = unit_target(rows.target)
     grid = np.unique(np.geomspace(1, size, sizes).round().astype(np.int64))
     pool = np.flatnonzero(eligible)
-    chosen = [np.random.default_rng([seed, s]).permutation(pool)[:size] for s in range(sets)]
+    # copied, so that no permutation of the whole corpus is kept for the few rows of it
+    chosen = [np.random.default_rng([seed, s]).permutation(pool)[:size].copy() for s in range(sets)]
     steps = np.searchsorted(grid, np.arange(size), side="right")  # the step of size that each position enters
     row = np.concatenate(chosen)
     bucket = np.concatenate([s * grid.size + steps for s in range(sets)])
