@@ -43,9 +43,24 @@ def lora_config(retrain: Retrain, model: transformers.PreTrainedModel) -> Any:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules or "all-linear",
+        target_modules=lora.target_modules or _linear_names(model),
         layers_to_transform=list(range(retrain.freeze_below, depth)) if retrain.freeze_below else None,
     )
+
+
+def _linear_names(model: transformers.PreTrainedModel) -> list[str]:
+    """Last parts of the names of all linear layers but the head: PEFT's all-linear, as a list.
+
+    PEFT takes a range of layers beside a list alone.
+    """
+    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    head = model.get_output_embeddings()
+    linear = {
+        name.removesuffix(".base_layer").rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not head and "lora_" not in name
+    }
+    return sorted(linear)
 
 
 def add_adapters(model: transformers.PreTrainedModel, retrain: Retrain, seed: int) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from typing import Any
 
 from engine.errors import UserError
 from engine.evaluate.comparison import metrics
 from engine.evaluate.task import TestSet, evaluate_model
-from engine.models import load_model, torch_dtype
+from engine.models import load_model, resolve, torch_dtype
 from engine.rundir import METRICS
 from jobs.distances import distances, true_set
 from jobs.job import Job, local_copy
@@ -95,7 +96,9 @@ def measure(job: Job, test: TestSet, name: str, folder: str) -> dict[str, Any]:
     settings = job.spec.evaluate.tokens_per_batch, job.spec.task.label_softmax
     with job.progress.stage(f"evaluate-{name}", len(test), "documents") as stage:
         path = folder if os.path.isabs(folder) else local_copy(job.run, folder)
-        loaded = load_model(path, torch_dtype(job.spec.gradients.dtype), device, remote)
+        with tempfile.TemporaryDirectory(prefix="unbake-") as scratch:  # for an adapter, merged
+            path = resolve(path, f"{scratch}/merged", job.endpoints.base, trust_remote_code=remote)
+            loaded = load_model(path, torch_dtype(job.spec.gradients.dtype), device, remote)
         before = None
         if len(validation):
             before = evaluate_model(loaded, job.encoder, validation, *settings)

@@ -62,6 +62,8 @@ class Stage:
         self._progress, self._first = progress, done
         self._start = self._logged = self._printed = time.monotonic()
         self._bar: rich.progress.TaskID | None = None
+        self._rows: dict[str, str] = {}
+        self._row_bars: dict[str, rich.progress.TaskID] = {}
 
     @property
     def seconds(self) -> float:
@@ -90,6 +92,18 @@ class Stage:
             self._progress.say(
                 f"{self.name}: {self.done:,} of {self.total:,} {self.unit}, {self.rate:,.1f}/s, {left:,.0f} s left"
             )
+            for name, text in self._rows.items():
+                self._progress.say(f"  {name}: {text}")
+
+    def row(self, name: str, done: int, total: int, text: str) -> None:
+        """Show one of several things at work under the stage, until its last unit; `advance` prints it."""
+        self._rows[name] = text
+        if done >= total:
+            del self._rows[name]
+        if self._bar is not None and self._progress.live is not None:
+            if name not in self._row_bars:
+                self._row_bars[name] = self._progress.live.add_task("", total=total)
+            self._progress.live.update(self._row_bars[name], completed=done, description=f"  {name}: {text}")
 
     def update(self, done: int, total: int | None = None) -> None:
         """Set the number of units done, and the total where it becomes known late."""

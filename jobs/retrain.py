@@ -102,28 +102,42 @@ def _digest(job: Job, name: str) -> str:
 
 
 def _train(job: Job, todo: list[tuple[str, dict[str, Any], TrainJob]]) -> dict[str, Any]:
+    """Train what is left, and record each that is done, also when another fails."""
     for stage, inputs, _ in todo:
         job.run.begin(stage, inputs)
     job.run.save_spec(job.spec)
     seen: dict[str, int] = {}
-    total = job.spec.retrain.epochs * sum(
-        job.run.read_table(_name(job, work), ["label"]).num_rows for _, _, work in todo
-    )
-    with job.progress.stage("retrain", total, "documents") as progress:
+    each = {
+        work.name: job.spec.retrain.epochs * job.run.read_table(_name(job, work), ["text"]).num_rows
+        for _, _, work in todo
+    }
+    with job.progress.stage("retrain", sum(each.values()), "documents") as progress:
 
         def step(event: dict[str, Any]) -> None:
-            seen[event["job"]] = event["documents"]
+            name = event["job"]
+            seen[name] = event["documents"]
+            text = f"step {event['step']:,} of {event['steps']:,}, loss {event['loss']:.4f}"
+            progress.row(name, event["documents"], each[name], text)
             progress.update(sum(seen.values()))
 
         try:
-            results = cluster.train.train_many([work for _, _, work in todo], step)
+            cluster.train.train_many([work for _, _, work in todo], step)
+            progress.update(sum(each.values()))
         except UserError:
-            for stage, _, work in todo:
-                if not Folder(work.target).exists(cluster.train.DONE):
-                    job.run.forget(stage)
+            _record(job, todo)
+            for stage, _, _ in todo:
+                job.run.forget(stage)  # of those that failed: their inputs may be mended
             raise
-        progress.update(total)
-    for (stage, inputs, work), result in zip(todo, results, strict=True):
-        files = job.run.walk(f"{MODELS}/{work.name}")
-        job.run.finish(stage, inputs, result, files)
-    return {work.name: result for (_, _, work), result in zip(todo, results, strict=True)}
+    return _record(job, todo)
+
+
+def _record(job: Job, todo: list[tuple[str, dict[str, Any], TrainJob]]) -> dict[str, Any]:
+    """Finish the stages whose model is there; metrics of each by name."""
+    results = {}
+    for stage, inputs, work in todo:
+        folder = Folder(work.target)
+        if folder.exists(cluster.train.DONE):
+            results[work.name] = folder.read_json(cluster.train.DONE)
+            files = job.run.walk(f"{MODELS}/{work.name}")
+            job.run.finish(stage, inputs, results[work.name], files)
+    return results

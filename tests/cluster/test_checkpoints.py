@@ -20,9 +20,25 @@ def one_worker() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """A folder of an S3 server of our own."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    from faults.s3 import BUCKET, environment, server
+
+    with server() as address, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(address).items():
+            patch.setenv(name, value)
+        yield f"s3://{BUCKET}"
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "job") if request.param == "file" else f"memory://{tmp_path.name}/job"
+    if request.param == "file":
+        return str(tmp_path / "job")
+    root = request.getfixturevalue("s3") if request.param == "s3" else "memory:/"
+    return f"{root}/{tmp_path.name}/job"
 
 
 def write(folder: str) -> None:
