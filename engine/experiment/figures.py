@@ -1,0 +1,106 @@
+"""Figures of an experiment: the metric along each axis, one line a strategy, with confidence intervals."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from engine.experiment.results import LEVEL, numeric
+
+COLORS = ("#d1495b", "#2e7d9a", "#8a6d3b", "#4f8f4f", "#7a5ca8", "#b0703c", "#5f6f7f", "#c06090")
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "unbake",
+    "font.size": 10,
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+PANELS = 6
+"""Panels of a figure at most; further points are in the tables."""
+
+
+def figures(summary: list[dict[str, Any]], axes: list[str]) -> dict[str, bytes]:
+    """SVG files by name: one an axis that varies, or one of the strategies where none does.
+
+    Points of the other axes are panels of the figure.
+    """
+    varying = [axis for axis in axes if len({str(row[axis]) for row in summary}) > 1]
+    if not summary:
+        return {}
+    drawn = {}
+    axes_drawn: list[str | None] = [*varying] or [None]
+    with mpl.rc_context(STYLE):
+        for axis in axes_drawn:
+            others = [other for other in varying if other != axis]
+            panels: dict[str, list[dict[str, Any]]] = {}
+            for row in summary:
+                panels.setdefault(", ".join(f"{name} {row[name]}" for name in others), []).append(row)
+            name = "strategies" if axis is None else axis.replace("/", "_")
+            drawn[f"{name}.svg"] = _figure(dict(list(panels.items())[:PANELS]), axis)
+    return drawn
+
+
+def _figure(panels: dict[str, list[dict[str, Any]]], axis: str | None) -> bytes:
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(1.2 + 4.2 * columns, 0.8 + 3.0 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    for place, (title, rows) in zip(grid, panels.items(), strict=False):
+        _panel(place, rows, axis)
+        place.set_title(title, fontsize=10)
+    for place in grid[len(panels) :]:
+        place.set_visible(False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=9)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None})
+    return sink.getvalue()
+
+
+def _panel(place: Any, rows: list[dict[str, Any]], axis: str | None) -> None:
+    metric = rows[0]["metric"]
+    scale = 100.0 if metric == "accuracy" else 1.0
+    at = [None if axis is None else row[axis] for row in rows]
+    values: list[Any] = list(dict.fromkeys(at))
+    to_scale = axis is not None and numeric(values)
+    strategies = list(dict.fromkeys(row["strategy"] for row in rows))
+    for number, strategy in enumerate(strategies):
+        points = [
+            (v, row)
+            for v, row in zip(at, rows, strict=True)
+            if row["strategy"] == strategy and row["mean"] is not None
+        ]
+        mine = [row for _, row in points]
+        if not mine:
+            continue
+        shift = 0.0 if to_scale else 0.12 * (number - (len(strategies) - 1) / 2)
+        x = [v if to_scale else values.index(v) + shift for v, _ in points]
+        mean = scale * np.array([row["mean"] for row in mine])
+        half = np.array([0.0 if row["low"] is None else scale * (row["mean"] - row["low"]) for row in mine])
+        style = {"color": COLORS[number % len(COLORS)], "marker": "o", "markersize": 4, "capsize": 3}
+        place.errorbar(x, mean, yerr=half, label=strategy, linestyle="-" if to_scale else "none", **style)
+    for name, line in (("base", ":"), ("finetuned", "--")):
+        ends = {row[name] for row in rows if row[name] is not None}
+        if len(ends) == 1:
+            label = {"base": "base", "finetuned": "fine-tuned"}[name]
+            place.axhline(scale * ends.pop(), color="#888888", linestyle=line, linewidth=1, label=label)
+    if to_scale:
+        if min(values) > 0 and max(values) >= 8 * min(values):
+            place.set_xscale("log")
+        place.set_xticks(values, [str(value) for value in values])
+        place.minorticks_off()
+    else:
+        place.set_xticks(range(len(values)), ["" if value is None else str(value) for value in values])
+    place.set_xlabel(axis or "")
+    unit = ", %" if scale == 100 else ""
+    place.set_ylabel(f"{metric}{unit} (mean, {LEVEL:.0%} interval)")

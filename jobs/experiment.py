@@ -1,0 +1,395 @@
+"""unbake experiment: run every cell of a grid, sharing all that cells have in common; tables and plots.
+
+A cell needs an extraction, a selection from it, a training on that selection and a judgement of the model. Each
+is named by the hash of what it depends on and made once, whichever cells ask for it; a later start finds what
+is there. Cells of one corpus and one set of gradients share a store; cells whose selections hold the same
+documents share a model, though they came from different stores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+import cluster.train
+from cluster.session import session
+from cluster.train import TrainJob
+from engine.errors import UserError
+from engine.experiment import Cell, Grid, expand, results_table, summarise, to_markdown
+from engine.experiment.figures import figures
+from engine.experiment.grid import finetune_recipe, put
+from engine.models import resolve
+from engine.report import numbers
+from engine.rundir import MODELS, STORE, TRAIN, RunDir, fingerprint
+from engine.spec import RunSpec, load_yaml_mapping, section_from_fields
+from jobs.distances import distances, true_set
+from jobs.evaluate import judgement_inputs, measure
+from jobs.extract import extract
+from jobs.finetune import fine_tune
+from jobs.job import Job
+from jobs.options import _value as read_value
+from jobs.progress import Progress
+from jobs.retrain import check
+from jobs.samples import write_samples
+from jobs.select import NO_BYTES, select_with
+from jobs.testset import load_test, write_validation
+
+RESULTS, TABLE, PLOTS = "results.parquet", "results.md", "plots"
+
+DESCRIPTIVE = (
+    "rank",
+    "row",
+    "doc_id",
+    "partition",
+    "confidence",
+    "loss",
+    "alignment",
+    "norm",
+    "objective",
+    "gain",
+)
+"""Columns of a selection that no training reads."""
+
+
+def main(arguments: list[str]) -> int:
+    """Read the grid, run it, print the table."""
+    parser = argparse.ArgumentParser(
+        prog="unbake experiment",
+        description=__doc__,
+        epilog=f"recipes: {', '.join(recipes())}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", nargs="?", help="name of a recipe, or a YAML file (as --config)")
+    parser.add_argument("--config", metavar="FILE", help="YAML grid")
+    parser.add_argument("--list", action="store_true", help="list what would be made, and stop")
+    parser.add_argument("--print_config", action="store_true", help="print the grid and exit")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print the table alone")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show Ray's own messages too")
+    options, changes = parser.parse_known_args(arguments)
+    grid = read_grid(options.config or options.recipe, changes)
+    if options.print_config:
+        print(grid_yaml(grid), end="")
+        return 0
+    experiment = Experiment(grid, options.quiet, options.verbose)
+    if options.list:
+        experiment.describe()
+        return 0
+    experiment.run()
+    return 0
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the program."""
+    found = (entry.name for entry in resources.files("jobs").joinpath("recipes").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
+
+
+def read_grid(source: str | None, changes: list[str]) -> Grid:
+    """A grid from a recipe's name or a YAML file, with dotted options (`--spec.select.size 100`).
+
+    A file may say `extends: NAME` (a recipe) or `extends: FILE`: it is then read into that one, section by section.
+
+    Raises:
+        UserError: no such file, an option without a value, or fields that make no grid.
+    """
+    if source is None:
+        raise UserError(f"give a grid: --config FILE, or one of the recipes {', '.join(recipes())}.")
+    fields = _read(source)
+    if len(changes) % 2 or any(not name.startswith("--") for name in changes[::2]):
+        raise UserError(f"options are --field VALUE: cannot read {' '.join(changes)}.")
+    for name, value in zip(changes[::2], changes[1::2], strict=True):
+        section, _, axis = name[2:].partition(".")
+        if section == "grid":  # an axis has dots of its own
+            put(fields, "grid", {**fields.get("grid", {}), axis: read_value(value)}, "the command line")
+        else:
+            put(fields, name[2:], read_value(value), "the command line")
+    return section_from_fields(Grid, fields, source)
+
+
+def grid_yaml(grid: Grid) -> str:
+    """The grid as YAML that reads back as the same."""
+    import yaml
+
+    return yaml.safe_dump(grid.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read(source: str) -> dict[str, Any]:
+    if source in recipes():
+        text = resources.files("jobs").joinpath(f"recipes/{source}.yaml").read_text(encoding="utf-8")
+    else:
+        try:
+            with open(source, encoding="utf-8") as file:
+                text = file.read()
+        except OSError as error:
+            raise UserError(
+                f"cannot read the grid {source}: {(error.strerror or str(error)).lower()}; recipes are "
+                f"{', '.join(recipes())}."
+            ) from None
+    fields = load_yaml_mapping(text, source)
+    parent = fields.pop("extends", None)
+    return fields if parent is None else _merged(_read(str(parent)), fields)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section; the grid, whose axes are one thing, as a whole."""
+    merged = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(name), dict) and name != "grid"
+        merged[name] = _merged(below[name], value) if both else value
+    return merged
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One model to train and judge: the job, its fingerprint, the folder and the stage of its judgement."""
+
+    job: Job
+    work: TrainJob
+    mark: str
+    stage: str
+    inputs: dict[str, Any]
+
+
+class Experiment:
+    """A grid being run: what its cells need, by name, and what they came to."""
+
+    def __init__(self, grid: Grid, quiet: bool = False, verbose: bool = False) -> None:
+        self.grid, self.quiet, self.verbose = grid, quiet, verbose
+        absolute = grid.model_copy(update={"run_dir": RunDir(grid.run_dir).uri})
+        self.grid = absolute
+        self.run_dir = RunDir(absolute.run_dir)
+        self.cells = expand(absolute)
+        self.progress = Progress(self.run_dir, quiet)
+        self._jobs: dict[str, Job] = {}
+        self._bases: dict[str, str] = {}
+
+    def describe(self) -> None:
+        """Say how much there is to do, without doing any of it."""
+        extractions = {cell.spec.run_dir for cell in self.cells}
+        selections = {(cell.spec.run_dir, _selection(cell)) for cell in self.cells}
+        print(f"{len(self.cells)} cells: {len(extractions)} extractions, {len(selections)} selections")
+        for cell in self.cells:
+            shown = ", ".join(f"{name}={value}" for name, value in cell.axes.items())
+            print(f"  {shown}{', ' if shown else ''}{cell.strategy}, seed {cell.seed}")
+
+    def run(self) -> list[dict[str, Any]]:
+        """Make all that is missing; the rows of results.parquet."""
+        self.run_dir.make()
+        self.run_dir.write_bytes("grid.yaml", grid_yaml(self.grid).encode())
+        write_samples(self.grid)
+        for cell in self.cells:
+            check(self._job(cell))
+        with session(self.cells[0].spec.ray, self.verbose):
+            for job in self._finetuned():
+                extract(job)
+            trainings = {id(cell): self._training(cell) for cell in self.cells}
+            self._train_and_judge(trainings.values())
+        rows = [self._row(cell, trainings[id(cell)]) for cell in self.cells]
+        if not self.grid.keep_models:
+            for training in trainings.values():
+                RunDir(training.work.target).remove("")
+        self._write(rows)
+        return rows
+
+    # ---- shared stages
+
+    def _job(self, cell: Cell) -> Job:
+        """The job of a cell's extraction and test set; cells that agree in them share it."""
+        spec = cell.spec
+        key = fingerprint([spec.run_dir, spec.evaluate.model_dump(mode="json"), spec.retrain.early_stopping])
+        if key not in self._jobs:
+            base = self._base(spec)
+            models = spec.models.model_copy(update={"base": base, "base_revision": None})
+            self._jobs[key] = Job(spec.model_copy(update={"models": models}), self.quiet, self.verbose)
+        return self._jobs[key]
+
+    def _base(self, spec: RunSpec) -> str:
+        """The base model as a local folder; converted once for all cells."""
+        models = spec.models
+        key = fingerprint([models.base, models.base_revision])[:16]
+        if key not in self._bases:
+            target = self.run_dir.path(f"{MODELS}/base-{key}")
+            self._bases[key] = resolve(
+                models.base, target, None, models.base_revision, models.trust_remote_code
+            )
+        return self._bases[key]
+
+    def _finetuned(self) -> Iterator[Job]:
+        """The job of every extraction, its fine-tuned model made where the grid says how."""
+        seen = set()
+        for job in (self._job(cell) for cell in self.cells):
+            if job.spec.run_dir in seen:
+                continue
+            seen.add(job.spec.run_dir)
+            if self.grid.finetune is not None:
+                settings = self.grid.finetune
+                recipe = finetune_recipe(self.grid)
+                made = Job(job.spec.model_copy(update={"retrain": recipe}), self.quiet, self.verbose)
+                fine_tune(made, self.grid.path_of(settings.documents), settings.epochs, settings.seed)
+            yield job
+
+    def _training(self, cell: Cell) -> Training:
+        """Select for a cell, and say which model it needs."""
+        job, name = self._job(cell), _selection(cell)
+        select_with(job, cell.spec.select, f"select-{name}", f"comparisons/{name}.parquet")
+        documents = self._training_file(job.run.read_table(f"comparisons/{name}.parquet"))
+        validation = write_validation(job) if cell.spec.retrain.early_stopping else None
+        work = TrainJob(
+            name=f"{cell.strategy}-{cell.seed}",
+            base=job.endpoints.base,
+            selection=self.run_dir.path(documents),
+            validation=validation and job.run.path(validation),
+            target="",
+            checkpoints=self.run_dir.path(TRAIN),
+            task=cell.spec.task,
+            scope=cell.spec.loss_scope,
+            retrain=cell.spec.retrain,
+            seed=cell.seed,
+            trust_remote_code=cell.spec.models.trust_remote_code,
+            base_hash=job.model_hashes["base"],
+        )
+        mark = work.fingerprint()
+        work = dataclasses.replace(
+            work,
+            name=f"{cell.strategy}-{cell.seed}-{mark[:8]}",
+            target=self.run_dir.path(f"{MODELS}/{mark[:16]}"),
+        )
+        inputs = judgement_inputs(job, load_test(job), mark)
+        return Training(job, work, mark, f"judge-{fingerprint(inputs)[:16]}", inputs)
+
+    def _training_file(self, selection: pa.Table) -> str:
+        """The columns of a selection that a training reads, in a file named by their content."""
+        table = selection.drop_columns([name for name in DESCRIPTIVE if name in selection.column_names])
+        content = fingerprint([table.column_names, table.to_pylist()])[:16]
+        name = f"trainings/{content}.parquet"
+        if not self.run_dir.exists(name):
+            self.run_dir.write_table(name, table)
+        return name
+
+    def _train_and_judge(self, trainings: Iterable[Training]) -> None:
+        """Train and judge what has no judgement yet, some models at a time, each model once."""
+        todo = {t.stage: t for t in trainings if not self.run_dir.completed(t.stage, t.inputs)}
+        groups: dict[Any, list[Training]] = {}
+        for training in todo.values():
+            groups.setdefault(cluster.train._group(training.work), []).append(training)
+        waiting = [members for group in groups.values() for members in self._batches(group)]
+        with self.progress.stage("train and judge", len(todo), "models") as stage:
+            for members in waiting:
+                works = {training.mark: training.work for training in members}
+                made = dict(zip(works, cluster.train.train_many(list(works.values())), strict=True))
+                for training in members:
+                    self._judge(training, made[training.mark])
+                    stage.advance()
+                for work in works.values() if not self.grid.keep_models else ():
+                    RunDir(work.target).remove("")
+
+    def _batches(self, group: list[Training]) -> Iterator[list[Training]]:
+        """Trainings that fit on the disk together; judgements of one model are never parted."""
+        by_model: dict[str, list[Training]] = {}
+        for training in group:
+            by_model.setdefault(training.mark, []).append(training)
+        models = list(by_model.values())
+        for start in range(0, len(models), self.grid.models_at_once):
+            yield [t for members in models[start : start + self.grid.models_at_once] for t in members]
+
+    def _judge(self, training: Training, metrics: dict[str, Any]) -> None:
+        result = measure(training.job, load_test(training.job), training.work.name, training.work.target)
+        result |= {"train_seconds": metrics["seconds"], "final_loss": metrics["final_loss"]}
+        self.run_dir.begin(training.stage, training.inputs)
+        self.run_dir.finish(training.stage, training.inputs, result)
+
+    def _endpoint(self, job: Job, which: str) -> dict[str, Any]:
+        """Judgement of base or fine-tuned model, once for all extractions that have it."""
+        folder = {"base": job.endpoints.base, "finetuned": job.endpoints.finetuned}[which]
+        inputs = judgement_inputs(job, load_test(job), job.model_hashes[which])
+        stage = f"judge-{fingerprint(inputs)[:16]}"
+        if not self.run_dir.completed(stage, inputs):
+            result = measure(job, load_test(job), which, folder)
+            self.run_dir.begin(stage, inputs)
+            self.run_dir.finish(stage, inputs, result)
+        return self.run_dir.stage_result(stage)
+
+    # ---- results
+
+    def _row(self, cell: Cell, training: Training) -> dict[str, Any]:
+        job, name = training.job, _selection(cell)
+        metric = "accuracy" if cell.spec.task.kind == "classification" else "perplexity"
+        judged = self.run_dir.stage_result(training.stage)
+        extracted, selected = job.run.stage_result("extract"), job.run.stage_result(f"select-{name}")
+        row = {
+            **cell.axes,
+            "strategy": cell.strategy,
+            "seed": cell.seed,
+            "metric": metric,
+            "value": judged["test"][metric],
+            "validation": judged["validation"] and judged["validation"][metric],
+            "base": self._endpoint(job, "base")["test"][metric],
+            "finetuned": self._endpoint(job, "finetuned")["test"][metric],
+            "documents": extracted["documents"],
+            "selected": selected["selected"],
+            "objective": selected["objective"],
+            "peak_size": selected["peak_size"],
+            "random_objective": selected["random_objective_mean"],
+            "mean_confidence": extracted["mean_confidence"],
+            "projector": extracted["projector"],
+            "dim": extracted["dim"],
+            "store_bytes": int(job.run.fs.du(job.run.path(STORE))),
+            "extract_seconds": extracted["seconds"],
+            "select_seconds": selected["seconds"],
+            "train_seconds": judged["train_seconds"],
+            "final_loss": judged["final_loss"],
+            "extraction": os.path.basename(job.run.root),
+            "training": training.mark[:16],
+        }
+        if cell.spec.evaluate.train:
+            found = distances(job, f"distances-{name}", f"comparisons/{name}.parquet", true_set(job))
+            row |= {
+                f"distance_{key}": value for key, value in found.items() if isinstance(value, int | float)
+            }
+        return row
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        axes = list(self.cells[0].axes)
+        summary = summarise(rows, axes)
+        self.run_dir.write_table(RESULTS, results_table(rows))
+        self.run_dir.write_bytes(TABLE, to_markdown(summary, axes).encode())
+        for name, svg in figures(summary, axes).items():
+            self.run_dir.write_bytes(f"{PLOTS}/{name}", svg)
+        print_summary(summary, axes, self.progress.out)
+        self.progress.say(f"results: {self.run_dir.path(RESULTS)}, {self.run_dir.path(TABLE)}, {PLOTS}/")
+
+
+def print_summary(summary: list[dict[str, Any]], axes: list[str], console: Console) -> None:
+    """The table in the terminal: mean and half the 95% interval over seeds."""
+    table = Table(title="experiment", caption="± half the 95% interval over seeds")
+    metric = summary[0]["metric"]
+    for axis in [*axes, "strategy"]:
+        table.add_column(axis)
+    for column in (metric, "gap closed", "seeds"):
+        table.add_column(column, justify="right")
+    for row in summary:
+        half = None if row["low"] is None else row["mean"] - row["low"]
+        gap_half = None if row["gap_low"] is None else row["gap_closed"] - row["gap_low"]
+        table.add_row(
+            *(str(row[axis]) for axis in axes),
+            row["strategy"],
+            numbers.plus_minus(row["mean"], half, metric),
+            numbers.gap(row["gap_closed"], gap_half),
+            str(row["n"]),
+        )
+    console.print(table)
+
+
+def _selection(cell: Cell) -> str:
+    """Name of a cell's selection within its extraction: the strategy, and what it depends on."""
+    fields = cell.spec.select.model_dump(mode="json", exclude=set(NO_BYTES))
+    return f"{cell.strategy}-{fingerprint(fields)[:12]}"

@@ -1,0 +1,305 @@
+"""experiment: cells share their stages, a killed run goes on, and the tables say what the models did."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import yaml
+from scipy import stats
+
+from engine.errors import UserError
+from engine.experiment import Grid, expand, summarise
+from engine.experiment.grid import extraction_key
+from engine.models import load_model
+from jobs.__main__ import main
+from jobs.experiment import read_grid, recipes
+from jobs.samples import write_samples
+
+
+def grid(folder: Path, base: str, corpus: str, test: Path, **changes: Any) -> dict[str, Any]:
+    """Two projected sizes by two strategies by two seeds, from a model that the experiment fine-tunes itself."""
+    return {
+        "run_dir": str(folder / "experiment"),
+        "data_dir": str(test.parent),
+        "data": {"hidden": {"path": test.name, "rows": 24, "where": {"label": [0, 1, 2]}}},
+        "finetune": {"documents": "data:hidden", "epochs": 2, "retrain": {"learning_rate": 1e-2}},
+        "spec": {
+            "models": {"base": base},
+            "corpus": {"paths": [corpus], "partition_rows": 64},
+            "task": {"labels": tiny.LABELS, "template": "{text} topic:", "max_tokens": 24},
+            "gradients": {"dtype": "float32", "projector": "rademacher"},
+            "extract": {"threads": 1, "workers_max": 1},
+            "select": {"size": 8},
+            "retrain": {"epochs": 1, "batch_size": 8, "dtype": "float32", "checkpoint_steps": 0, "threads": 1},
+            "evaluate": {
+                "test": [str(test)], "validation_share": 0.0, "train": ["data:hidden"], "embedder": "base",
+            },
+        },
+        "grid": {"gradients.dim": [16, 32], "strategy": ["random", "greedy"], "seed": [0, 1]},
+        **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ready(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_base: str,
+    tiny_corpus: str,
+    tiny_test: Path,
+    ray_session: None,
+) -> tuple[Path, Path]:
+    """A finished experiment: its file and its folder."""
+    pytest.importorskip("ot")
+    folder = tmp_path_factory.mktemp("grid")
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(grid(folder, tiny_base, tiny_corpus, tiny_test)))
+    assert main(["experiment", "--config", str(path), "--quiet"]) == 0
+    return path, folder / "experiment"
+
+
+def events(folder: Path, stage: str) -> list[str]:
+    """Events of a stage in all logs below a folder."""
+    lines = [line for log in folder.rglob("log.jsonl") for line in log.read_text().splitlines()]
+    return [r["event"] for r in map(json.loads, lines) if r["stage"] == stage]
+
+
+def test_every_cell_has_one_tidy_row(ready: tuple[Path, Path]) -> None:
+    rows = pq.read_table(ready[1] / "results.parquet").to_pylist()
+    assert len(rows) == len({(r["gradients.dim"], r["strategy"], r["seed"]) for r in rows}) == 8
+    for row in rows:
+        assert 0 <= row["value"] <= 1
+        assert (row["selected"], row["metric"], row["dim"]) == (8, "accuracy", row["gradients.dim"])
+        assert row["distance_emd"] > 0
+    assert len({(row["base"], row["finetuned"]) for row in rows}) == 1
+    by_dim = {row["dim"]: row["store_bytes"] for row in rows}
+    assert by_dim[32] > by_dim[16]
+
+
+def test_what_cells_share_is_done_once(ready: tuple[Path, Path]) -> None:
+    """random does not look at gradients: its selections of a seed are one training, whatever the store."""
+    folder = ready[1]
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    assert len(list((folder / "extractions").iterdir())) == 2
+    for stage, times in (("fine-tune", 1), ("extract", 2), ("evaluate-base", 1), ("evaluate-finetuned", 1)):
+        assert events(folder, stage).count("begin") == times
+    assert len(list((folder / "extractions").glob("*/comparisons/greedy-*.parquet"))) == 2
+    trained = {(row["gradients.dim"], row["strategy"], row["seed"]): row["training"] for row in rows}
+    assert len(set(trained.values())) == 2 + 4
+    assert trained[16, "random", 1] == trained[32, "random", 1] != trained[16, "random", 0]
+    assert len(list((folder / "stages").glob("judge-*.inputs.json"))) == 2 + 6
+    assert not list(
+        (folder / "models").glob("????????????????/model.safetensors")
+    )  # judged ones are not kept
+
+
+def test_the_fine_tuned_model_learned_the_sample(ready: tuple[Path, Path], tiny_base: str) -> None:
+    import torch
+
+    hidden = pq.read_table(ready[1] / "data/hidden.parquet").to_pydict()
+    assert len(hidden["text"]) == 24
+    assert set(hidden["label"]) <= {0, 1, 2}
+    (made,) = (ready[1] / "models").glob("finetuned-*")
+    ids = torch.arange(10)[None]
+    models = [load_model(path, torch.float32)(input_ids=ids).logits for path in (str(made), tiny_base)]
+    assert not torch.allclose(*models)
+
+
+def test_means_and_intervals_are_those_of_the_rows(ready: tuple[Path, Path]) -> None:
+    rows = pq.read_table(ready[1] / "results.parquet").to_pylist()
+    summary = summarise(rows, ["gradients.dim"])
+    assert len(summary) == 4
+    for line in summary:
+        keys = ("gradients.dim", "strategy")
+        values = [row["value"] for row in rows if all(row[key] == line[key] for key in keys)]
+        error = stats.sem(values)
+        low, high = stats.t.interval(0.95, 1, np.mean(values), error) if error else (values[0], values[0])
+        assert (line["mean"], line["low"], line["high"]) == pytest.approx((np.mean(values), low, high))
+
+
+def test_tables_and_plots_are_written(ready: tuple[Path, Path]) -> None:
+    folder = ready[1]
+    assert (folder / "results.md").read_text().count("\n| ") == 4  # the lines below head and rule
+    assert {path.name for path in (folder / "plots").iterdir()} == {"gradients.dim.svg"}
+    text = "".join(ET.parse(folder / "plots/gradients.dim.svg").getroot().itertext())
+    for word in ("random", "greedy", "accuracy", "gradients.dim"):
+        assert word in text
+
+
+def test_a_second_start_does_nothing_and_a_wider_grid_only_what_is_new(ready: tuple[Path, Path]) -> None:
+    path, folder = ready
+    before = {p: p.stat().st_mtime_ns for p in (folder / "stages").iterdir()}
+    results = (folder / "results.parquet").read_bytes()
+    assert main(["experiment", str(path), "--quiet"]) == 0
+    assert {p: p.stat().st_mtime_ns for p in (folder / "stages").iterdir()} == before
+    assert (folder / "results.parquet").read_bytes() == results
+    more = ["--grid.strategy", "[random, greedy, topk]", "--grid.gradients.dim", "[16]", "--grid.seed", "[0]"]
+    assert main(["experiment", str(path), "--quiet", *more]) == 0
+    new = {p.name for p in (folder / "stages").iterdir()} - {p.name for p in before}
+    assert len([name for name in new if name.endswith(".inputs.json")]) == 1  # topk
+    assert events(folder, "extract").count("begin") == 2
+    assert main(["experiment", str(path), "--quiet"]) == 0
+    assert (folder / "results.parquet").read_bytes() == results
+
+
+@pytest.mark.slow
+def test_a_killed_experiment_goes_on_from_where_it_was(
+    tmp_path: Path,
+    ready: tuple[Path, Path],
+    tiny_base: str,
+    tiny_finetuned: str,
+    tiny_corpus: str,
+    tiny_test: Path,
+) -> None:
+    """Killed once a model is judged; what was done is not done again, and the results are the undisturbed run's."""
+    path = tmp_path / "grid.yaml"
+    fields = grid(tmp_path, tiny_base, tiny_corpus, tiny_test, models_at_once=1)
+    fields["grid"] |= {"gradients.dim": [16]}
+    path.write_text(yaml.safe_dump(fields))
+    folder = tmp_path / "experiment"
+    command = [sys.executable, "-m", "jobs", "experiment", "--config", str(path), "--quiet"]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True)
+    deadline = time.monotonic() + 400
+    while len(list(folder.glob("stages/judge-*.inputs.json"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {p: p.stat().st_mtime_ns for p in folder.glob("stages/judge-*.json")}
+    assert done
+    assert not (folder / "results.parquet").exists()
+    assert main(["experiment", "--config", str(path), "--quiet"]) == 0
+    assert {p: p.stat().st_mtime_ns for p in done} == done
+    assert events(folder, "extract").count("begin") == 1
+    undisturbed = {
+        row["training"]: row["value"] for row in pq.read_table(ready[1] / "results.parquet").to_pylist()
+    }
+    for row in pq.read_table(folder / "results.parquet").to_pylist():
+        assert undisturbed[row["training"]] == row["value"]
+
+
+# ---- grids
+
+
+def minimal(**changes: Any) -> dict[str, Any]:
+    spec = {
+        "models": {"base": "b", "finetuned": "f"},
+        "corpus": {"paths": ["c.jsonl"]},
+        "task": {"labels": ["yes", "no"]},
+    }
+    return {"spec": spec, **changes}
+
+
+def test_cells_are_the_product_of_the_axes_and_share_extractions_where_they_can() -> None:
+    axes = {
+        "gradients.dim": [64, 128],
+        "select.target": ["delta", "negative"],
+        "mix": {"one": {"corpus.paths": ["a"]}, "both": {"corpus.paths": ["a", "b"]}},
+        "strategy": ["random", "greedy"],
+        "seed": [3, 4],
+    }
+    cells = expand(Grid.model_validate(minimal(grid=axes)))
+    assert len(cells) == 2 * 2 * 2 * 2 * 2
+    assert len({cell.spec.run_dir for cell in cells}) == 4
+    last = cells[-1]
+    assert last.axes == {"gradients.dim": 128, "select.target": "negative", "mix": "both"}
+    assert (last.spec.corpus.paths, last.spec.select.target) == (["a", "b"], "negative")
+    assert last.spec.run_dir.endswith(extraction_key(last.spec))
+    assert {cell.spec.select.seed for cell in cells if cell.strategy == "random"} == {3, 4}
+    assert {cell.spec.select.seed for cell in cells if cell.strategy == "greedy"} == {0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": {"select.sizes": [1]}}, r"cell select\.sizes=1: unknown field select\.sizes"),
+        ({"grid": {"select.size": [0]}}, "cell select.size=0: select.size"),
+        ({"grid": {"seed": []}}, "axis seed has no values"),
+        ({"grid": {"seed": [1, 1]}}, "axis seed has a value twice"),
+        ({"grid": {"leak": [0.1]}}, "axis leak needs finetune"),
+        ({"grid": {"leak": [2]}}, "shares between 0 and 1"),
+        ({"finetune": {"documents": "data:gone"}}, "data:gone is no sample of data"),
+        ({"data": {"x": {"rows": 3}}}, "a sample needs a path or a hub data set"),
+        ({"speck": {}}, "unknown field speck"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_grid_that_means_nothing_is_refused_in_a_sentence(
+    changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(minimal(run_dir=str(tmp_path / "run"), **changes)))
+    assert main(["experiment", "--config", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert re.search(message, err), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_of_one_source_need_not_overlap_and_are_drawn_once(tmp_path: Path, tiny_test: Path) -> None:
+    one = {"path": tiny_test.name, "rows": 30, "columns": {"text": "text"}}
+    fields = minimal(run_dir=str(tmp_path / "run"), data_dir=str(tiny_test.parent))
+    fields["data"] = {"first": one, "rest": {**one, "rows": 50, "skip": 30}}
+    write_samples(Grid.model_validate(fields))
+    first, rest = (pq.read_table(tmp_path / f"run/data/{name}.parquet") for name in ("first", "rest"))
+    every = [json.loads(line)["text"] for line in tiny_test.read_text().splitlines()]
+    drawn = first["text"].to_pylist() + rest["text"].to_pylist()
+    assert first.column_names == ["text"]
+    assert len(drawn) == 80
+    assert sorted(drawn) == sorted(every)
+    fields["data"]["first"] = {**one, "seed": 1}
+    with pytest.raises(UserError, match="drawn with other settings"):
+        write_samples(Grid.model_validate(fields))
+    fields["data"] = {"gone": {"path": "no.parquet"}}
+    with pytest.raises(UserError, match=r"no\.parquet does not exist"):
+        write_samples(Grid.model_validate(fields))
+
+
+def test_leaked_documents_are_hidden_ones_and_join_the_corpus(tmp_path: Path, tiny_test: Path) -> None:
+    fields = grid(tmp_path, "base", "corpus.jsonl", tiny_test)
+    described = Grid.model_validate(
+        {**fields, "grid": {"leak": [0, 0.5], "strategy": ["greedy"], "seed": [0]}}
+    )
+    write_samples(described)
+    hidden, leaked = (
+        pq.read_table(tmp_path / f"experiment/data/{name}.parquet") for name in ("hidden", "leak-0.5")
+    )
+    assert leaked.column_names == ["text"]  # no label goes with them
+    assert len(leaked) == 12
+    assert set(leaked["text"].to_pylist()) <= set(hidden["text"].to_pylist())
+    none, half = (cell.spec.corpus.paths for cell in expand(described))
+    assert none == ["corpus.jsonl"]
+    assert half == ["corpus.jsonl", str(tmp_path / "experiment/data/leak-0.5.parquet")]
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_is_a_grid_whose_every_cell_is_valid(name: str) -> None:
+    recipe = read_grid(name, [])
+    cells = expand(recipe)
+    assert len(cells) > 1
+    assert {"random"} < {cell.strategy for cell in cells} or name == "negative_control"
+
+
+def test_options_change_a_recipe(tmp_path: Path) -> None:
+    changed = read_grid(
+        "agnews_baseline", ["--spec.select.size", "77", "--grid.seed", "[5]", "--run_dir", "x"]
+    )
+    cells = expand(changed)
+    assert {cell.spec.select.size for cell in cells} == {77}
+    assert {cell.seed for cell in cells} == {5}
+    with pytest.raises(UserError, match="options are --field VALUE"):
+        read_grid("agnews_baseline", ["--run_dir"])
+    with pytest.raises(UserError, match="recipes are"):
+        read_grid("no_such_recipe", [])
