@@ -11,6 +11,7 @@ from typing import Any
 
 import rich.progress
 from rich.console import Console
+from rich.text import Text
 
 from engine.errors import UserError
 from engine.rundir import LOG, RunDir
@@ -75,6 +76,15 @@ class Stage:
         """Units a second in this process."""
         return (self.done - self._first) / max(self.seconds, 1e-9)
 
+    @property
+    def pace(self) -> str:
+        """Rate and time left, as people read them; empty before anything is done."""
+        if not self.rate:
+            return ""
+        from engine.report.numbers import duration  # loads what draws reports
+
+        return f"{self.rate:,.1f}/s, {duration((self.total - self.done) / self.rate)} left"
+
     def advance(self, units: int = 1) -> None:
         """Count units as done."""
         self.done += units
@@ -85,13 +95,10 @@ class Stage:
                 self.name, "progress", done=self.done, total=self.total, rate=round(self.rate, 3)
             )
         if self._bar is not None and self._progress.live is not None:
-            self._progress.live.update(self._bar, completed=self.done)
+            self._progress.live.update(self._bar, completed=self.done, pace=self.pace)
         elif now - self._printed >= LINE_SECONDS:
             self._printed = now
-            left = (self.total - self.done) / self.rate if self.rate else 0
-            self._progress.say(
-                f"{self.name}: {self.done:,} of {self.total:,} {self.unit}, {self.rate:,.1f}/s, {left:,.0f} s left"
-            )
+            self._progress.say(f"{self.name}: {self.done:,} of {self.total:,} {self.unit}, {self.pace}")
             for name, text in self._rows.items():
                 self._progress.say(f"  {name}: {text}")
 
@@ -113,6 +120,13 @@ class Stage:
                 self._progress.live.update(self._bar, total=total)
         if done > self.done:
             self.advance(done - self.done)
+
+
+class _Pace(rich.progress.ProgressColumn):
+    """Rate and time left over the whole stage: partitions come in bursts, which rich's own estimate follows."""
+
+    def render(self, task: rich.progress.Task) -> Text:
+        return Text(task.fields.get("pace", ""))
 
 
 class Progress:
@@ -190,7 +204,7 @@ class Progress:
             rich.progress.MofNCompleteColumn(),
             rich.progress.TextColumn(stage.unit),
             rich.progress.TimeElapsedColumn(),
-            rich.progress.TimeRemainingColumn(),
+            _Pace(),
         )
         with rich.progress.Progress(*columns, console=self.console, transient=True) as self.live:
             stage._bar = self.live.add_task(stage.name, total=stage.total, completed=stage.done)

@@ -1,0 +1,79 @@
+"""unbake completion: a script that completes commands, options, their values and files in bash or zsh."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+import shtab
+
+FILES = ("run", "config", "recipe", "features", "target", "out", "models.base", "models.finetuned", "run_dir")
+"""Options and arguments, by their `dest`, whose values are files."""
+
+
+def main(arguments: list[str]) -> int:
+    """Print the script."""
+    shell = parser().parse_args(arguments).shell
+    print(shtab.complete(_whole(), shell=shell))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `unbake completion`."""
+    made = argparse.ArgumentParser(
+        prog="unbake completion",
+        description="Print a completion script. bash: write it to ~/.local/share/bash-completion/completions/unbake; "
+        "zsh: to a file _unbake in a folder of $fpath.",
+    )
+    made.add_argument("shell", choices=["bash", "zsh"])
+    return made
+
+
+def _whole() -> argparse.ArgumentParser:
+    """All commands as one parser, which nothing but the script is made from."""
+    from jobs.__main__ import COMMANDS
+
+    whole = argparse.ArgumentParser(prog="unbake")
+    commands = whole.add_subparsers()
+    for name, text in COMMANDS.items():
+        own = _parser(name)
+        for action in own._actions if own else ():
+            _describe(action)
+        parents = [own] if own else []
+        commands.add_parser(name, parents=parents, add_help=False, help=text, conflict_handler="resolve")
+    return whole
+
+
+def _parser(command: str) -> argparse.ArgumentParser | None:
+    """The parser of a command; None where its module shows none."""
+    from jobs.__main__ import STAGES, stage_parser
+
+    if command in STAGES:
+        return stage_parser(command)
+    show = getattr(importlib.import_module(f"jobs.{command}"), "parser", None)
+    return show() if show else None
+
+
+def _describe(action: argparse.Action) -> None:
+    """Tell shtab what an option's value may be."""
+    if action.dest in FILES and action.nargs != 0:
+        action.complete = shtab.FILE  # type: ignore[attr-defined]
+    elif action.choices is None:
+        action.choices = list(_words(action.dest)) or None
+
+
+def _words(dest: str) -> Iterator[str]:
+    """Values of a field of the spec that has a few, by its dotted name."""
+    from engine.spec import RunSpec
+
+    fields: Any = RunSpec.model_fields
+    *sections, last = dest.split(".")
+    for part in sections:
+        fields = getattr(getattr(fields.get(part), "annotation", None), "model_fields", {})
+    kind = getattr(fields.get(last), "annotation", None)
+    if get_origin(kind) is Literal:
+        yield from map(str, get_args(kind))
+    elif kind is bool:
+        yield from ("true", "false")
