@@ -9,11 +9,13 @@ import torch
 from engine.errors import UserError
 from engine.projection.base import LayerShape, Projector, State
 from engine.projection.exact import Exact
+from engine.projection.factored import MANY, Factored
 from engine.projection.rademacher import Rademacher
 from engine.projection.tensorsketch import TensorSketch
 
 __all__ = [
     "Exact",
+    "Factored",
     "LayerShape",
     "Projector",
     "Rademacher",
@@ -23,17 +25,27 @@ __all__ = [
     "make_projector",
 ]
 
-KINDS: dict[str, type[Projector]] = {kind.kind: kind for kind in (Exact, Rademacher, TensorSketch)}
+KINDS: dict[str, type[Projector]] = {kind.kind: kind for kind in (Exact, Factored, Rademacher, TensorSketch)}
 
 
 def choose_kind(kind: str, dim: int, layers: Sequence[LayerShape]) -> str:
-    """The projector's kind with `auto` resolved: exact where the gradient has no more than `dim` entries.
+    """The projector's kind with `auto` resolved.
+
+    That is exact where the gradient has no more than `dim` entries, else factored for many layers, else
+    tensorsketch.
 
     Raises:
-        UserError: no such kind.
+        UserError: no such kind, or factored for so few layers that it would be far less true than tensorsketch.
     """
     if kind == "auto":
-        return Exact.kind if sum(layer.size for layer in layers) <= dim else TensorSketch.kind
+        if sum(layer.size for layer in layers) <= dim:
+            return Exact.kind
+        return Factored.kind if len(layers) >= MANY else TensorSketch.kind
+    if kind == Factored.kind and len(layers) < MANY:
+        raise UserError(
+            f"gradients.projector=factored is for {MANY} layers or more, whose errors average out, and "
+            f"gradients.layers chose {len(layers)}: use tensorsketch or auto."
+        )
     if kind not in KINDS:
         raise UserError(f"gradients.projector: no projector {kind!r}; choose auto, {', '.join(KINDS)}.")
     return kind

@@ -7,10 +7,13 @@ import copy
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+
+Side = Literal["row", "col"]
+"""Rows of a weight meet the errors of a Linear, columns its inputs."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,14 @@ class Projector(abc.ABC):
                 tensor is the fast layout: it spares tensorsketch a copy that costs more than its sums.
         """
 
+    def rescale(self, state: State, factor: Tensor) -> None:
+        """Multiply all errors added so far, token by token, by factor (n_tokens,)."""
+        state.values *= factor[:, None]
+
+    @abc.abstractmethod
+    def add_entries(self, state: State, rows: Tensor, values: Tensor) -> None:
+        """Add one more error to every token: values (n_tokens,) float32 at rows (n_tokens,) int64."""
+
     @abc.abstractmethod
     def finish(self, state: State, hidden: Tensor, docs: Tensor, n_docs: int) -> Tensor:
         """The projected gradient of every document for this layer.
@@ -95,6 +106,19 @@ class Projector(abc.ABC):
         Returns:
             (n_docs, dim) float32.
         """
+
+    def hold(self, layer: int, side: Side, values: Tensor) -> Tensor:
+        """What `join` needs of one side's values (n_tokens, rows or cols), whichever comes first: (n_tokens, m).
+
+        Inputs come with the forward pass and errors with the backward pass; what lies between is memory.
+        """
+        return values
+
+    def join(self, layer: int, rows: Tensor, cols: Tensor, docs: Tensor, n_docs: int) -> Tensor:
+        """`finish` from both sides as `hold` gave them."""
+        state = self.begin(layer, len(docs), rows.device)
+        self.add_errors(state, rows.float(), 0)
+        return self.finish(state, cols.float(), docs, n_docs)
 
     @abc.abstractmethod
     def project_matrix(self, layer: int, chunks: Iterable[tuple[int, Tensor]]) -> Tensor:
@@ -118,6 +142,10 @@ class HoldsErrors(Projector):
     def add_errors(self, state: State, errors: Tensor, start_row: int) -> None:
         """See `Projector.add_errors`."""
         state.values[:, start_row : start_row + errors.shape[1]] += errors
+
+    def add_entries(self, state: State, rows: Tensor, values: Tensor) -> None:
+        """See `Projector.add_entries`."""
+        state.values[torch.arange(len(rows), device=rows.device), rows] += values
 
 
 def one_token_each(docs: Tensor, n_docs: int) -> bool:

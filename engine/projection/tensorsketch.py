@@ -74,6 +74,15 @@ class TensorSketch(Projector):
         groups = self._row_groups(state.layer, start_row, errors.shape[1])
         state.values += group_sums(errors.t().float().contiguous(), groups)
 
+    def rescale(self, state: State, factor: Tensor) -> None:
+        """See `Projector.rescale`."""
+        state.values *= factor
+
+    def add_entries(self, state: State, rows: Tensor, values: Tensor) -> None:
+        """See `Projector.add_entries`."""
+        buckets, signs = self._rows[state.layer]
+        state.values[buckets[rows], torch.arange(len(rows), device=rows.device)] += signs[rows] * values
+
     def finish(self, state: State, hidden: Tensor, docs: Tensor, n_docs: int) -> Tensor:
         """See `Projector.finish`."""
         buckets, signs = self._cols[state.layer]
