@@ -15,6 +15,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,10 +28,9 @@ from ray.util.annotations import RayDeprecationWarning
 from cluster.session import gpus_per_worker
 from engine.checkpoints import Endpoints
 from engine.corpus import Plan, read_partition
-from engine.encode import Encoder, Ragged
+from engine.encode import Encoder, Ragged, spec_encoder
 from engine.errors import UserError, first_line
-from engine.gradients import GradientEngine
-from engine.models import load_tokenizer
+from engine.gradients import GradientEngine, PartitionGradients
 from engine.rundir import RunDir
 from engine.spec import Extract, RunSpec
 from engine.store import GradientStore
@@ -47,7 +47,7 @@ LOST = (
 PARTITIONS_PER_ENCODER = 8
 """An encoder takes seconds to start and encodes a partition in about one: for few partitions one is enough."""
 
-PARTITIONS_AHEAD, TOKEN_BYTES, AHEAD_BYTES = 4, 8, 64 << 20
+PARTITIONS_AHEAD, TOKEN_BYTES, AHEAD_BYTES = 4, 8, 16 << 20
 """Partitions of the longest documents that may wait encoded for each gradient actor; at least so many bytes."""
 
 ENCODE_CPUS = 0.25
@@ -107,7 +107,7 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
             .map(
                 WritePartition,
                 fn_constructor_args=(job, "cuda" if gpus else "cpu", attempts),
-                compute=_pool(settings.workers_min, settings.workers_max),
+                compute=_pool(settings.workers_min, settings.workers_max, CALLS),
                 num_cpus=cpus,
                 num_gpus=gpus or None,
                 **replaced,
@@ -193,8 +193,18 @@ def _counted(attempts: Any, partition: int) -> Iterator[None]:
         attempts.end.remote(partition)
 
 
-def _pool(smallest: int, largest: int | None) -> ActorPoolStrategy:
-    return ActorPoolStrategy(min_size=smallest, max_size=largest, max_tasks_in_flight_per_actor=2)
+CALLS = 2
+"""Partitions that a gradient actor holds: one is computed while the one before it is written."""
+
+
+def _pool(smallest: int, largest: int | None, calls: int = 1) -> ActorPoolStrategy:
+    return ActorPoolStrategy(
+        min_size=smallest,
+        max_size=largest,
+        max_tasks_in_flight_per_actor=calls + 1,
+        max_concurrent_calls_per_actor=calls,
+        enable_true_multi_threading=calls > 1,
+    )
 
 
 BACK_OFF = 0.5
@@ -240,19 +250,24 @@ class EncodePartition:
         with_prompt = documents.prompts is not None and documents.responses is not None
         texts = documents.responses if with_prompt else documents.text
         ragged = self.encoder.encode(texts or [], documents.prompts if with_prompt else None)
-        problems = {str(i): [documents.ids[i], why] for i, why in documents.problems.items()}
+        found = ragged.problems | documents.problems
+        problems = {str(i): [documents.ids[i], why] for i, why in found.items()}
         ragged = ragged.silenced(list(documents.problems))
         return _packed(partition, ragged, {"problems": problems, "truncated": documents.truncated})
 
 
 class WritePartition:
-    """Holds the working model; labels, differentiates and projects a partition, and writes its shard."""
+    """Holds the working model; labels, differentiates and projects a partition, and writes its shard.
+
+    Called from `CALLS` threads: a single thread of its own computes, so that sums are split alike and one
+    partition at a time is on the device, while the callers unpack and write.
+    """
 
     def __init__(self, job: ExtractJob, device: str, attempts: Any) -> None:
         import torch
 
-        torch.set_num_threads(job.threads)
         self.job, self.device, self.attempts = job, device, attempts
+        self._compute = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (job.threads,))
         self._ready: tuple[GradientEngine, GradientStore] | None = None
 
     @property
@@ -277,14 +292,20 @@ class WritePartition:
             record = {"error": str(error)}
         return {"receipt": json.dumps(record)}
 
+    def _gradients(self, ragged: Ragged) -> tuple[PartitionGradients, GradientEngine, GradientStore]:
+        engine, store = self.ready
+        return engine.run(ragged), engine, store
+
     def _write(self, row: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-        partition, (engine, store) = int(row["partition"]), self.ready
+        partition = int(row["partition"])
+        gradients, engine, store = self._compute.submit(self._gradients, _unpacked(row)).result()
         problems = {int(i): (id_, why) for i, (id_, why) in about["problems"].items()}
-        gradients = engine.run(_unpacked(row))
         reasons = gradients.problems | {i: why for i, (_, why) in problems.items()}
         gradients = dataclasses.replace(gradients, problems=reasons)
         ids = self._ids(partition, reasons, {i: id_ for i, (id_, _) in problems.items()})
-        return store.write(partition, gradients, self.job.fingerprint, ids, about["truncated"])
+        record = store.write(partition, gradients, self.job.fingerprint, ids, about["truncated"])
+        lowered = engine.batches.lowered
+        return record if lowered is None else {**record, "tokens_per_batch": lowered}
 
     def _ids(self, partition: int, problems: dict[int, str], known: dict[int, str]) -> dict[int, str]:
         """Ids of all quarantined documents; read again only when the gradients added some."""
@@ -296,8 +317,7 @@ class WritePartition:
 
 def encoder_of(job: ExtractJob) -> Encoder:
     """The run's encoder, made anew in the process that calls."""
-    tokenizer = load_tokenizer(job.base, job.spec.models.trust_remote_code)
-    return Encoder(tokenizer, job.spec.task, job.spec.loss_scope)
+    return spec_encoder(job.spec, job.base, job.finetuned)
 
 
 def _packed(partition: int, ragged: Ragged | None, about: dict[str, Any]) -> dict[str, Any]:
