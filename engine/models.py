@@ -190,6 +190,20 @@ def require_safetensors(path: str) -> None:
         unsafe = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
         hint = f" ({unsafe[0]} is a pickle, which is not read: convert it to safetensors)" if unsafe else ""
         raise UserError(f"{path} has no .safetensors file{hint}.")
+    for index in (name for name in names if name.endswith(".safetensors.index.json")):
+        _check_index(path, index)
+
+
+def _check_index(path: str, index: str) -> None:
+    """UserError when the list of a model's files is unreadable, or names one outside its folder."""
+    try:
+        with open(os.path.join(path, index), encoding="utf-8") as file:
+            listed = set(json.load(file)["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"cannot read {path}/{index}: it is not a list of weight files.") from None
+    for name in listed:
+        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+            raise UserError(f"{path}/{index} names the file {name!r}, which lies outside the folder.")
 
 
 def resolve(

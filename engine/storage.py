@@ -24,7 +24,8 @@ class Folder:
     def __init__(self, uri: str) -> None:
         """Args: uri: path or URI; local paths are made absolute, so workers on this host can share them."""
         try:
-            self.fs, path = fsspec.core.url_to_fs(uri)
+            # A listing that is kept would not show what other processes have written since.
+            self.fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise UserError(f"cannot open {uri}: {error}.") from None
         self.local: bool = "file" in _protocols(self.fs)
@@ -32,7 +33,14 @@ class Folder:
         self.uri: str = self.root if self.local else uri.rstrip("/")
 
     def path(self, name: str) -> str:
-        """Path of `name` as the underlying file system spells it."""
+        """Path of `name` as the underlying file system spells it; UserError for a name that leads elsewhere.
+
+        Names come from records and manifests too, and a run directory may be somebody else's.
+        """
+        if name.startswith("/") or ".." in name.split("/"):
+            raise UserError(
+                f"{self.root} names the file {name!r}, which lies outside of it: it is not touched."
+            )
         return f"{self.root}/{name}" if name else self.root
 
     def sub(self, name: str) -> Folder:

@@ -67,6 +67,12 @@ class GradientStore:
         self._arrays: dict[str, zarr.Array[Any]] = {
             name: array.with_config({"write_empty_chunks": True}) for name, array in group.arrays()
         }
+        missing = {"features", "target", *PER_CHECKPOINT, *PER_DOCUMENT} - self._arrays.keys()
+        if missing or "partition_rows" not in group.attrs:
+            raise UserError(
+                f"the store {run.path(STORE)} is damaged (it has no {', '.join(sorted(missing)) or 'attributes'}): "
+                f"run `unbake verify {run.uri}`."
+            )
         p, n, d = self._arrays["features"].shape
         self.shape = StoreShape(p, n, d, int(group.attrs["partition_rows"]))
         self.n_checkpoints, self.n_rows, self.dim = p, n, d
@@ -250,7 +256,7 @@ def _sound(run: RunDir) -> Iterator[None]:
     except (ValueError, OSError) as error:
         raise UserError(
             f"the store {run.path(STORE)} is damaged or unreadable ({str(error).splitlines()[0].rstrip('.')}): "
-            f"remove {run.path('')} and extract again."
+            f"`unbake verify {run.uri}` says which part, and has just that made anew."
         ) from None
 
 
@@ -357,4 +363,5 @@ def _backend(run: RunDir, read_only: bool) -> LocalStore | FsspecStore:
 
 
 def _open_group(run: RunDir, mode: str) -> zarr.Group:
-    return zarr.open_group(_backend(run, read_only=mode == "r"), mode=mode)
+    # Format 2 knows a codec that unpickles.
+    return zarr.open_group(_backend(run, read_only=mode == "r"), mode=mode, zarr_format=3)

@@ -1,0 +1,207 @@
+"""Planned deaths: at each file of a partition, of a partition that kills all, by SIGTERM, of a whole node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+import cluster.extract
+from engine.errors import UserError
+from engine.integrity import verify
+from engine.lock import LOCK
+from engine.rundir import RunDir
+from engine.spec import RunSpec
+from faults import dying
+from faults.harness import Driver, assert_same, make_case
+from jobs.__main__ import main
+from jobs.extract import extract
+from jobs.job import Job
+from jobs.stopping import EXIT_CODE
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve partitions."""
+    return make_case(tmp_path_factory.mktemp("kills"), documents=12 * 64)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(case: Path, ray_session: None) -> Path:
+    return run(case, "undisturbed")
+
+
+def run(case: Path, name: str, **settings: object) -> Path:
+    """One extraction in this process, into `name`."""
+    fields = yaml.safe_load(case.read_text())
+    fields["run_dir"] = str(case.parent / name)
+    fields["extract"] |= settings
+    extract(Job(RunSpec.from_dict(fields), quiet=True))
+    return case.parent / name
+
+
+def test_a_worker_killed_between_its_data_and_its_record_leaves_no_trace(
+    case: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.extract, "WritePartition", dying.DiesAtTheRecord)
+    finished = run(case, "record")
+    assert [path.name for path in case.parent.glob("record-died-*")] == ["record-died-4"]
+    assert_same(finished, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_at_any_file_of_its_partition_leaves_no_trace(
+    case: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.extract, "WritePartition", dying.DiesAtEachFile)
+    finished = run(case, "files", max_attempts=12)
+    assert len(list(case.parent.glob("files-died-*"))) == dying.FILES
+    assert_same(finished, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("stage", "stand_in"),
+    [
+        ("WritePartition", dying.AlwaysDies),
+        pytest.param("EncodePartition", dying.AlwaysDiesEncoding, marks=pytest.mark.slow),
+    ],
+)
+def test_a_partition_that_kills_every_worker_is_named_and_the_others_are_kept(
+    stage: str, stand_in: type, case: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"kills-{stage}"
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.extract, stage, stand_in)
+        with pytest.raises(UserError, match=r"^partition 5 was lost 2 times with its worker") as caught:
+            run(case, name, max_attempts=2)
+    assert "\n" not in str(caught.value)
+    run_dir = RunDir(str(case.parent / name))
+    kept = {path: (case.parent / name / "done" / path).read_bytes() for path in run_dir.names("done")}
+    assert "00000005.json" not in kept
+    assert verify(run_dir).damage == []
+    assert_same(run(case, name), undisturbed)  # its cause is mended: it goes on
+    assert all((case.parent / name / "done" / path).read_bytes() == kept[path] for path in kept)
+
+
+def test_sigterm_stops_cleanly_with_a_hint_and_a_second_driver_is_refused_meanwhile(
+    case: Path, undisturbed: Path
+) -> None:
+    address = str(ray.get_runtime_context().gcs_address)
+    folder = case.parent / "stopped"
+    driver = Driver("extract", case, folder, address)
+    deadline = time.monotonic() + 120
+    while driver.alive and len(list(folder.glob("done/*.json"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second = Driver("extract", case, folder, address)
+    os.kill(driver.process.pid or 0, signal.SIGSTOP)  # so that it is there when the second one looks
+    code = second.wait()
+    os.kill(driver.process.pid or 0, signal.SIGCONT)
+    assert code == 2
+    driver.signal(signal.SIGTERM)
+    assert driver.wait(60) == EXIT_CODE == 143
+    said = driver.said.read_text()
+    assert "stopped by SIGTERM; to go on from here: unbake extract --config" in said
+    assert f"process {driver.process.pid}, since " in second.said.read_text()
+    assert "Traceback" not in said
+    assert not (folder / LOCK).exists()
+    assert 2 <= len(list(folder.glob("done/*.json"))) < 12
+    third = Driver("extract", case, folder, address)
+    assert third.wait() == 0, third.said.read_text()
+    assert_same(folder, undisturbed)
+
+
+NODES = """
+    import sys, time, threading
+    from pathlib import Path
+    import ray
+    from ray.cluster_utils import Cluster
+    from jobs.__main__ import main
+    checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500,
+              "health_check_timeout_ms": 500, "health_check_failure_threshold": 3}
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": checks})
+    victims = [nodes.add_node(num_cpus=1) for _ in range(2)]
+    ray.init(address=nodes.address, log_to_driver=False)
+    done = Path(sys.argv[2]) / "done"
+    killed = 0
+    def kill():
+        global killed
+        for number, node in enumerate(victims):
+            while len(list(done.glob("*.json"))) < 3 + 3 * number:
+                time.sleep(0.01)
+            node.kill_raylet()
+            killed += 1
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    code = main(["extract", "--config", sys.argv[1], "--run_dir", sys.argv[2], "--quiet"])
+    print("killed", killed, flush=True)
+    nodes.shutdown()
+    sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_lost_nodes_cost_nothing(case: Path, undisturbed: Path) -> None:
+    """Of three nodes two lose their raylet, one after the other; the actors that were there are started again."""
+    folder = case.parent / "nodes"
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(NODES), str(case), str(folder)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=380,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "killed 2" in done.stdout
+    assert_same(folder, undisturbed)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    done = mount and subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, timeout=60
+    )
+    if not done or done.returncode:
+        pytest.skip("mounting a file system is not permitted here")
+    yield folder
+    subprocess.run([shutil.which("umount") or "umount", "-l", str(folder)], check=True, timeout=60)
+
+
+def test_lost_permission_and_a_full_disk_after_extraction_are_one_sentence_and_it_goes_on(
+    case: Path, undisturbed: Path, disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(undisturbed, disk / "run"))
+    mount = str(shutil.which("mount"))
+    arguments = ["select", "--config", str(case), "--run_dir", str(folder), "--quiet", "--select.shards", "1"]
+    subprocess.run([mount, "-o", "remount,ro", str(disk)], check=True, timeout=60)
+    for _ in range(2):
+        assert main(arguments) == 2
+        err = capsys.readouterr().err
+        assert "read-only file system" in err
+        assert err.count("\n") == 1
+    subprocess.run([mount, "-o", "remount,rw", str(disk)], check=True, timeout=60)
+    stat = os.statvfs(disk)
+    (disk / "filler").write_bytes(b"x" * (stat.f_bavail * stat.f_frsize - 3 * stat.f_frsize))
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "no space left on device" in err
+    assert err.count("\n") == 1
+    (disk / "filler").unlink()
+    assert main(arguments) == 0
+    assert main(["verify", str(folder)]) == 0
+    assert sorted(path.name for path in folder.glob("*select*")) == ["selection.parquet"]

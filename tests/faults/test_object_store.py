@@ -1,0 +1,129 @@
+"""A run on S3: storage that fails is tried again, what is half-uploaded never counts, nobody learns the key."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+
+from engine.integrity import verify
+from engine.lock import LOCK, RunLock
+from engine.rundir import RunDir
+from engine.storage import Folder
+from faults import s3
+from faults.harness import make_case
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[str]:
+    with s3.server() as address:
+        yield address
+
+
+@pytest.fixture
+def here(upstream: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """This process's way to the server, without failures."""
+    for name, value in s3.environment(upstream).items():
+        monkeypatch.setenv(name, value)
+    return upstream
+
+
+def objects(address: str, prefix: str) -> dict[str, bytes]:
+    """Every object below a prefix of the bucket."""
+    client = boto3.client("s3", endpoint_url=address, **s3.environment_arguments())
+    found = {}
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=s3.BUCKET, Prefix=prefix):
+        for entry in page.get("Contents", []):
+            body = client.get_object(Bucket=s3.BUCKET, Key=entry["Key"])["Body"].read()
+            found[entry["Key"].removeprefix(f"{prefix}/")] = body
+    return found
+
+
+def unbake(address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """One command in a process of its own, with a Ray of its own, whose way to S3 is `address`."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_ADDRESS"))}
+    quick = {"config_kwargs": {"read_timeout": 2, "connect_timeout": 2}}
+    environment = {**clean, **s3.environment(address), "FSSPEC_S3": json.dumps(quick), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "jobs", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_what_others_wrote_is_seen_and_a_file_is_created_once(here: str) -> None:
+    one, other = Folder(f"s3://{s3.BUCKET}/a"), Folder(f"s3://{s3.BUCKET}/a")
+    assert not one.exists("")
+    assert one.names() == []
+    one.write_bytes("d/x", b"1")
+    assert one.names("d") == ["x"]
+    client = boto3.client("s3", endpoint_url=here, **s3.environment_arguments())
+    client.put_object(Bucket=s3.BUCKET, Key="a/d/y", Body=b"2")
+    assert other.names("d") == ["x", "y"]
+    assert list(one.walk()) == ["d/x", "d/y"]
+    assert one.create_json("once.json", {"a": 1})
+    assert not other.create_json("once.json", {"a": 2})
+    assert one.read_json("once.json") == {"a": 1}
+
+
+def test_the_lock_works_on_an_object_store(here: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.lock.SETTLE", 0.05)
+    folder = Folder(f"s3://{s3.BUCKET}/locked")
+    with RunLock(folder):
+        record = folder.read_json(LOCK)
+    assert not folder.exists(LOCK)
+    folder.write_json(LOCK, {**record, "processes": "another boot", "host": "elsewhere"})
+    with RunLock(folder, beat=0.1, stale=0.3):
+        assert folder.read_json(LOCK)["owner"] != record["owner"]
+    assert not folder.exists(LOCK)
+
+
+def test_a_run_on_failing_storage_ends_with_the_bytes_of_a_local_run(
+    upstream: str, here: str, tmp_path: Path
+) -> None:
+    """Extraction, selection, resumption and verification, while one request in fifteen fails."""
+    config = make_case(tmp_path, documents=512, select={"shards": 1, "size": 50})
+    remote, local = f"s3://{s3.BUCKET}/run", str(tmp_path / "local")
+    failures = s3.Failures(share=1 / 15, seed=0)
+    said = []
+    with s3.proxy(upstream, failures) as address:
+        for command in ("extract", "select"):
+            done = unbake(address, command, "--config", str(config), "--run_dir", remote, "--quiet")
+            assert done.returncode == 0, done.stderr
+            said.append(done.stdout + done.stderr)
+        # a partition loses its record, another a shard, and the stage its completion: it goes on
+        client = boto3.client("s3", endpoint_url=upstream, **s3.environment_arguments())
+        whole = objects(upstream, "run")
+        for lost in ("stages/extract.json", "done/00000003.json", "gradients.zarr/features/c/0/5/0"):
+            client.delete_object(Bucket=s3.BUCKET, Key=f"run/{lost}")
+        done = unbake(address, "extract", "--config", str(config), "--run_dir", remote)
+        assert done.returncode == 0, done.stderr
+        assert "extract: 128 documents to do" in done.stderr
+        said.append(done.stdout + done.stderr)
+        done = unbake(address, "verify", remote)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said.append(done.stdout + done.stderr)
+    assert set(failures.made) == set(s3.Failures.kinds), failures.made
+    assert sum(failures.made.values()) >= 20
+    again = objects(upstream, "run")
+    for command in ("extract", "select"):
+        assert unbake(address, command, "--config", str(config), "--run_dir", local, "-q").returncode == 0
+    kinds = ("gradients", "done", "selection.parquet", "plan.parquet", "quarantine.parquet")
+    names = [name for name in again if name.startswith(kinds) and name != "plan.parquet"]
+    assert len(names) > 80
+    for name in names:
+        assert again[name] == whole[name] == (tmp_path / "local" / name).read_bytes(), name
+    assert LOCK not in again
+    for text in [*said, *(body.decode("latin-1") for body in again.values())]:
+        assert s3.SECRET not in text
+        assert s3.ACCESS not in text
+    run, name = RunDir(remote), "gradients.zarr/features/c/1/2/0"
+    data = bytearray(run.read_bytes(name))
+    data[len(data) // 3] ^= 4
+    run.write_bytes(name, bytes(data))
+    assert [damage.where for damage in verify(run).damage] == ["partition 2"]

@@ -1,0 +1,158 @@
+"""What others' files may not do: run code, take memory by their word, or reach outside their folder."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import resource
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from safetensors.torch import load_file, save_file
+
+from engine.checkpoints import Endpoints
+from engine.errors import UserError
+from engine.models import load_model, require_safetensors, resolve
+from engine.rundir import RunDir
+from engine.select import open_features
+from engine.store import GradientStore, StoreShape
+from jobs.__main__ import main
+
+
+class Bomb:
+    """Unpickling it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+def header(**fields: Any) -> bytes:
+    text = json.dumps(fields).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+HEADERS: dict[str, bytes] = {
+    "a header of 2^63 bytes": struct.pack("<Q", 2**63) + b"{}",
+    "a header of 10^12 bytes": struct.pack("<Q", 10**12) + b"{}",
+    "a header beyond the file": struct.pack("<Q", 10_000) + b"{}",
+    "a tensor of 2^40 numbers in an empty file": header(
+        w={"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}
+    ),
+    "a shape whose product overflows": header(
+        w={"dtype": "F32", "shape": [2**32, 2**32, 4], "data_offsets": [0, 16]}
+    )
+    + b"\0" * 16,
+    "a negative place": header(w={"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}) + b"\0" * 16,
+    "overlapping tensors": header(
+        a={"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+        b={"dtype": "F32", "shape": [4], "data_offsets": [8, 24]},
+    )
+    + b"\0" * 24,
+    "a size that does not fit its shape": header(w={"dtype": "F32", "shape": [9], "data_offsets": [0, 16]})
+    + b"\0" * 16,
+    "a header that is no JSON": struct.pack("<Q", 4) + b"\xff{}}" + b"\0" * 8,
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_lying_safetensors_header_is_one_sentence_and_takes_no_memory(
+    case: str, tiny_base: str, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+    (model / "model.safetensors").write_bytes(HEADERS[case])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for read in (lambda: Endpoints(tiny_base, str(model)), lambda: load_model(str(model))):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+        assert str(model) in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10, "kilobytes"
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/model.safetensors", "/etc/passwd", "a/../../b.safetensors", "..", 7]
+)
+def test_a_list_of_weights_that_leads_outside_the_folder_is_refused(
+    name: Any, tiny_base: str, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "other")
+    model = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    save_file(weights, model / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="outside the folder"):
+        require_safetensors(str(model))
+    with pytest.raises(UserError, match="outside the folder"):
+        resolve(str(model), str(tmp_path / "converted"))
+
+
+def test_pickled_weights_are_never_read(tiny_base: str, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+    bomb = pickle.dumps(Bomb(tmp_path / "went-off"))
+    for name in ("pytorch_model.bin", "model.pt", "training_args.bin"):
+        (model / name).write_bytes(bomb)
+    load_model(str(model))  # beside sound weights they are left alone
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="pickle"):
+        load_model(str(model))
+    assert not (tmp_path / "went-off").exists()
+
+
+def test_features_that_hold_pickles_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.ones(4))
+    bomb = Bomb(tmp_path / "went-off")
+    np.save(tmp_path / "x.npy", np.array([[bomb] * 4] * 8), allow_pickle=True)
+    array = zarr.create_array(
+        tmp_path / "y.zarr", shape=(8, 4), chunks=(8, 4), dtype="float32", zarr_format=2, compressors=None
+    )
+    array[:] = 1
+    described = json.loads((tmp_path / "y.zarr/.zarray").read_text())
+    (tmp_path / "y.zarr/.zarray").write_text(json.dumps({**described, "filters": [{"id": "pickle"}]}))
+    (tmp_path / "y.zarr/0.0").write_bytes(pickle.dumps(bomb))
+    for name in ("x.npy", "y.zarr"):
+        with pytest.raises(UserError) as caught:
+            open_features(str(tmp_path / name), str(tmp_path / "t.npy")).read(0, 8)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "went-off").exists()
+
+
+def test_a_run_directory_that_names_files_outside_itself_reaches_none_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """verify --repair removes what records name: never anything beside the run."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("precious")
+    run = RunDir(str(tmp_path / "run"))
+    GradientStore.create(run, StoreShape(1, 4, 8, 4), np.ones(8), {"fingerprint": "f"})
+    run.write_bytes("spec.yaml", b"")
+    run.write_json("stages/extract.inputs.json", {})
+    for name in ("../mine/file", "../mine", str(mine / "file"), "models/../../mine/file"):
+        run.write_json("stages/extract.json", {"fingerprint": "x", "result": {}, "outputs": {name: "0"}})
+        assert main(["verify", str(tmp_path / "run"), "--repair"]) == 2
+        assert "lies outside" in capsys.readouterr().err
+        assert (mine / "file").read_text() == "precious"
+        for call in (run.read_bytes, run.remove, run.exists, run.make, run.digest):
+            with pytest.raises(UserError, match="lies outside"):
+                call(name)
+
+
+def test_a_store_of_the_format_that_knows_pickles_is_not_opened(tmp_path: Path) -> None:
+    run = RunDir(str(tmp_path))
+    GradientStore.create(run, StoreShape(1, 4, 8, 4), np.ones(8), {"fingerprint": "f"})
+    shutil.rmtree(tmp_path / "gradients.zarr")
+    zarr.create_group(tmp_path / "gradients.zarr", zarr_format=2)
+    (tmp_path / "gradients.zarr/zarr.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        GradientStore.open(run)
