@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all check bench clean
+.PHONY: setup demo test test-all test-faults check audit bench clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -26,10 +26,19 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest -m ''
 
+# The long form of the fault suite: every planned death, and UNBAKE_SOAK_KILLS random ones (200; an hour on two cores).
+test-faults: $(READY)
+	$(BIN)/python -m pytest -m '' tests/faults tests/jobs/test_verify.py tests/engine/test_lock.py
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What docs/security.md explains; pip-audit asks a vulnerability service on the network.
+audit: $(READY)
+	$(BIN)/bandit --quiet --recursive --severity-level medium engine cluster jobs
+	$(BIN)/pip-audit --skip-editable
 
 bench: $(READY)
 	for name in agnews projection select; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
