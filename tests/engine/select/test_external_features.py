@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import zarr
+from numpy.lib.format import open_memmap
 
 from engine.errors import UserError
 from engine.rows import ArrayRows
@@ -53,7 +55,7 @@ def test_rows_from_a_file_are_the_rows_in_it(tmp_path, matrix, form, dtype):
         (np.ones((3, 2), np.float32, order="F"), np.ones(2), "column by column"),
         (np.ones((3, 2), np.float32), np.ones(3), "3 numbers.*have 2"),
         (np.ones((3, 2), np.float32), np.array([1, np.nan]), "not finite"),
-        (np.ones((3, 2), np.float32), np.ones((1, 2)), "vector"),
+        (np.ones((3, 2), np.float32), np.ones((1, 1, 2)), "vector"),
         (np.array([{}, {}]), np.ones(2), "cannot read"),
     ],
 )
@@ -82,3 +84,98 @@ def test_missing_damaged_and_truncated_files_are_refused(tmp_path, matrix):
     (tmp_path / "bad.npy").write_bytes(b"not numpy")
     with pytest.raises(UserError, match="cannot read"):
         open_features(str(tmp_path / "bad.npy"), t)
+
+
+def test_a_target_of_rows_is_their_mean(tmp_path, matrix):
+    some = matrix[:7].astype(np.float32)
+    rows = open_features(*saved(tmp_path, matrix, some))
+    np.testing.assert_allclose(rows.target, some.astype(np.float64).mean(axis=0), rtol=1e-12)
+
+
+def bergson_store(folder, values, kind, sizes):
+    """What bergson's `create_index` lays out (bergson 2.5, data.py)."""
+    folder.mkdir(parents=True)
+    raw = values.astype(np.float32)
+    if kind == "bfloat16":
+        raw = (raw.view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        raw = raw.astype(kind)
+    (folder / "gradients.bin").write_bytes(raw.tobytes())
+    info = {"num_items": len(values), "num_grads": len(values), "grad_sizes": sizes, "base_dtype": kind}
+    (folder / "info.json").write_text(json.dumps(info))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "bfloat16"])
+def test_a_store_of_bergsons_is_read_in_its_own_type(tmp_path, matrix, kind):
+    folder = bergson_store(tmp_path / "store", matrix, kind, {"layer.0": 3, "layer.1": 5})
+    query = bergson_store(tmp_path / "query", matrix[:4], kind, {"layer.0": 3, "layer.1": 5})
+    rows = copy.deepcopy(open_features(folder, query))
+    want = matrix.astype(np.float32)
+    if kind == "bfloat16":
+        want = (want.view(np.uint32) >> 16 << 16).view(np.float32)
+    some = np.array([0, 3, 4, 49])
+    assert rows.take(some).features[0].astype(np.float32).tobytes() == want[some].tobytes()
+    assert rows.read(40, 60).features[0].astype(np.float32).tobytes() == want[40:].tobytes()
+    np.testing.assert_allclose(rows.target, want[:4].astype(np.float64).mean(axis=0), rtol=1e-12)
+    spec = Select(strategy="greedy", size=10)
+    same = select(ArrayRows(want, rows.target), Columns(), spec)
+    assert select(rows, Columns(), spec).rows.tolist() == same.rows.tolist()
+
+
+def test_what_bergson_left_unusable_is_said(tmp_path, matrix):
+    folder = bergson_store(tmp_path / "store", matrix, "float32", {"a": 8})
+    t = folder
+    (tmp_path / "store/gradients.bin").write_bytes(b"\0" * 99)
+    with pytest.raises(UserError, match=r"99 bytes.*1,600"):
+        open_features(folder, t)
+    (tmp_path / "store/info.json").write_text('{"num_grads": 3, "dtype": {"formats": ["float32"]}}')
+    with pytest.raises(UserError, match="base_dtype"):
+        open_features(folder, t)
+    (tmp_path / "store/offsets.npy").touch()
+    with pytest.raises(UserError, match="a token"):
+        open_features(folder, t)
+    (tmp_path / "store/info.json").write_text("{")
+    (tmp_path / "store/offsets.npy").unlink()
+    with pytest.raises(UserError, match="cannot read"):
+        open_features(folder, t)
+
+
+def trak_store(folder, matrix, model=0, done=None):
+    """What TRAK's MmapSaver lays out (traker 0.3, savers.py)."""
+    (folder / str(model)).mkdir(parents=True)
+    (folder / "metadata.json").write_text(json.dumps({"JL dimension": 8, "train set size": len(matrix)}))
+    record = {str(model): {"total_num_featurized": len(matrix) if done is None else done, "is_finalized": 1}}
+    (folder / f"id_{model}.json").write_text(json.dumps(record))
+    mapped = open_memmap(
+        folder / str(model) / "grads.mmap", mode="w+", shape=matrix.shape, dtype=matrix.dtype
+    )
+    mapped[:] = matrix
+    mapped.flush()
+    exp = open_memmap(folder / str(model) / "test_grads.mmap", mode="w+", shape=(5, 8), dtype=matrix.dtype)
+    exp[:] = matrix[:5] * 2
+    exp.flush()
+    return str(folder)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_store_of_traks_is_read_with_its_targets(tmp_path, matrix, dtype):
+    given = matrix.astype(dtype)
+    folder = trak_store(tmp_path / "trak", given)
+    for name in (folder, f"{folder}/0", f"{folder}/0/grads.mmap"):
+        rows = open_features(name, f"{folder}/0/test_grads.mmap")
+        assert rows.read(0, 50).features[0].tobytes() == given.tobytes()
+        np.testing.assert_allclose(rows.target, (given[:5] * 2).astype(np.float64).mean(axis=0), rtol=1e-12)
+
+
+def test_what_trak_left_unusable_is_said(tmp_path, matrix):
+    target = trak_store(tmp_path / "one", matrix) + "/0/test_grads.mmap"
+    many = trak_store(tmp_path / "many", matrix)
+    trak_store(tmp_path / "many", matrix, model=1)
+    with pytest.raises(UserError, match=r"2 models.*many/0"):
+        open_features(many, target)
+    with pytest.raises(UserError, match="30 of 50"):
+        open_features(trak_store(tmp_path / "half", matrix, done=30), target)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"features\.mmap"):
+        open_features(str(tmp_path / "empty"), target)
