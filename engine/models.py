@@ -172,7 +172,10 @@ def check_head(model: transformers.PreTrainedModel, head: Head) -> None:
     probe = (torch.arange(12, device=head.weight.device) * 7919 % min(vocab, 30_000)).reshape(2, 6)
     theirs = model(input_ids=probe, use_cache=False).logits.float()
     ours = head.logits(hidden_states(model, probe).reshape(12, -1)).reshape(theirs.shape)
-    if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * max(1.0, float(theirs.abs().max()))):
+    finite = ours.isfinite() & theirs.isfinite()  # those that are not are quarantined document by document
+    ours, theirs = ours[finite], theirs[finite]
+    largest = float(theirs.abs().max()) if len(theirs) else 0.0
+    if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * max(1.0, largest)):
         raise UserError(
             f"{type(model).__name__} does something to its logits that this version does not know; "
             "last-layer gradients would be wrong, so it is refused."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -68,17 +69,31 @@ class Target:
         """Projected Delta (dim,) float64 and ||Delta|| before projection.
 
         Raises:
-            UserError: Delta is zero on these layers; the message says which layers did change.
+            UserError: Delta is zero on these layers (the message says which layers did change), or not finite.
         """
         projector = self.projector()
         total = torch.zeros(projector.dim, dtype=torch.float64)
         square = 0.0
         for index, layer in enumerate(self.layers):
             square += sum(float(c.double().square().sum()) for _, c in self.delta(endpoints, layer))
+            if not np.isfinite(square):
+                self._refuse_weights(endpoints, layer)
             total += projector.project_matrix(index, self.delta(endpoints, layer))
         if square == 0.0:
             raise UserError(_unmoved(", ".join(layer.name for layer in self.layers[:3]), endpoints.changed()))
         return total.numpy(), square**0.5
+
+    def _refuse_weights(self, endpoints: Endpoints, layer: LayerShape) -> NoReturn:
+        only = self.only if layer.name == self.head else None
+        where = {endpoints.base: 0, endpoints.finetuned: 0}
+        for _, *pair in endpoints.chunks(layer.name, self.aliases.get(layer.name), only):
+            for path, weights in zip(where, pair, strict=True):
+                where[path] += int((~weights.isfinite()).sum())
+        path = max(where, key=lambda path: where[path])
+        raise UserError(
+            f"{layer.name} of {path} holds {where[path]:,} weights that are not finite (NaN or infinite): the model "
+            "is broken; train or download it again."
+        )
 
 
 def rounding_noise(weights: torch.Tensor, block: int = 32) -> float:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from safetensors.torch import load_file, save_file
 
 import cluster.extract
 from engine.checkpoints import Endpoints
@@ -239,3 +240,17 @@ def test_a_failed_selection_is_not_held_against_the_run(
         select(Job(make_spec(run, models, tiny_corpus, select={"size": 201}), quiet=True))
     select(Job(make_spec(run, models, tiny_corpus, select={"size": 7}), quiet=True))
     assert pq.read_table(run / "selection.parquet").num_rows == 7
+
+
+def test_a_model_that_gives_no_finite_gradients_stops_the_run_with_a_sentence(
+    models: tuple[str, str], tiny_corpus: str, tmp_path: Path
+) -> None:
+    """More than the allowed share: the run stops, and quarantine.parquet says why of each."""
+    broken = Path(shutil.copytree(models[1], tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"allowed share of 5% .*: non-finite gradient; all are in") as caught:
+        run_job(make_spec(tmp_path / "run", (models[0], str(broken)), tiny_corpus))
+    assert "\n" not in str(caught.value)
+    assert set(pq.read_table(tmp_path / "run" / QUARANTINE)["reason"].to_pylist()) == {"non-finite gradient"}
