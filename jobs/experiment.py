@@ -13,6 +13,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any
 
 import pyarrow as pa
@@ -26,9 +27,10 @@ from engine.errors import UserError
 from engine.experiment import Cell, Grid, expand, results_table, summarise, to_markdown
 from engine.experiment.figures import figures
 from engine.experiment.grid import finetune_recipe, put
+from engine.lock import RunLock
 from engine.models import resolve
 from engine.report import numbers
-from engine.rundir import MODELS, STORE, TRAIN, RunDir, fingerprint
+from engine.rundir import MODELS, STORE, RunDir, fingerprint
 from engine.spec import RunSpec, load_yaml_mapping, section_from_fields
 from jobs.distances import distances, true_set
 from jobs.evaluate import judgement_inputs, measure
@@ -37,9 +39,10 @@ from jobs.finetune import fine_tune
 from jobs.job import Job
 from jobs.options import _value as read_value
 from jobs.progress import Progress
-from jobs.retrain import check
+from jobs.retrain import check, train_job
 from jobs.samples import write_samples
 from jobs.select import NO_BYTES, select_with
+from jobs.stopping import request_stop
 from jobs.testset import load_test, write_validation
 
 RESULTS, TABLE, PLOTS = "results.parquet", "results.md", "plots"
@@ -89,8 +92,12 @@ def main(arguments: list[str]) -> int:
 
 def recipes() -> list[str]:
     """Names of the recipes that come with the program."""
-    found = (entry.name for entry in resources.files("jobs").joinpath("recipes").iterdir())
+    found = (entry.name for entry in _recipes().iterdir())
     return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
+
+
+def _recipes() -> Traversable:
+    return resources.files("jobs").joinpath("recipes/experiments")
 
 
 def read_grid(source: str | None, changes: list[str]) -> Grid:
@@ -124,7 +131,7 @@ def grid_yaml(grid: Grid) -> str:
 
 def _read(source: str) -> dict[str, Any]:
     if source in recipes():
-        text = resources.files("jobs").joinpath(f"recipes/{source}.yaml").read_text(encoding="utf-8")
+        text = _recipes().joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     else:
         try:
             with open(source, encoding="utf-8") as file:
@@ -183,11 +190,14 @@ class Experiment:
 
     def run(self) -> list[dict[str, Any]]:
         """Make all that is missing; the rows of results.parquet."""
-        self.run_dir.make()
-        self.run_dir.write_bytes("grid.yaml", grid_yaml(self.grid).encode())
-        write_samples(self.grid)
         for cell in self.cells:
             check(self._job(cell))
+        with self._locked():
+            return self._run()
+
+    def _run(self) -> list[dict[str, Any]]:
+        self.run_dir.write_bytes("grid.yaml", grid_yaml(self.grid).encode())
+        write_samples(self.grid)
         with session(self.cells[0].spec.ray, self.verbose):
             for job in self._finetuned():
                 extract(job)
@@ -199,6 +209,14 @@ class Experiment:
                 RunDir(training.work.target).remove("")
         self._write(rows)
         return rows
+
+    def _locked(self) -> RunLock:
+        """The experiment's lock: one driver at a time."""
+
+        def lost() -> None:
+            request_stop(f"another driver has taken over {self.run_dir.uri}, so this one stops")
+
+        return RunLock(self.run_dir, self.progress.say, lost)
 
     # ---- shared stages
 
@@ -234,7 +252,10 @@ class Experiment:
                 settings = self.grid.finetune
                 recipe = finetune_recipe(self.grid)
                 made = Job(job.spec.model_copy(update={"retrain": recipe}), self.quiet, self.verbose)
-                fine_tune(made, self.grid.path_of(settings.documents), settings.epochs, settings.seed)
+                every = settings.trajectory_steps
+                trajectory = f"{made.spec.models.finetuned}-trajectory" if every else None
+                documents = self.grid.path_of(settings.documents)
+                fine_tune(made, documents, settings.epochs, settings.seed, trajectory, every or None)
             yield job
 
     def _training(self, cell: Cell) -> Training:
@@ -242,26 +263,22 @@ class Experiment:
         job, name = self._job(cell), _selection(cell)
         select_with(job, cell.spec.select, f"select-{name}", f"comparisons/{name}.parquet")
         documents = self._training_file(job.run.read_table(f"comparisons/{name}.parquet"))
-        validation = write_validation(job) if cell.spec.retrain.early_stopping else None
-        work = TrainJob(
-            name=f"{cell.strategy}-{cell.seed}",
-            base=job.endpoints.base,
-            selection=self.run_dir.path(documents),
-            validation=validation and job.run.path(validation),
+        validation = write_validation(job) if cell.spec.retrain.judges else None
+        work = train_job(
+            job,
+            name="",
+            selection=f"{self.run_dir.uri}/{documents}",
+            validation=validation and f"{job.run.uri}/{validation}",
             target="",
-            checkpoints=self.run_dir.path(TRAIN),
-            task=cell.spec.task,
-            scope=cell.spec.loss_scope,
+            folder=self.run_dir.uri,
             retrain=cell.spec.retrain,
             seed=cell.seed,
-            trust_remote_code=cell.spec.models.trust_remote_code,
-            base_hash=job.model_hashes["base"],
         )
         mark = work.fingerprint()
         work = dataclasses.replace(
             work,
             name=f"{cell.strategy}-{cell.seed}-{mark[:8]}",
-            target=self.run_dir.path(f"{MODELS}/{mark[:16]}"),
+            target=f"{self.run_dir.uri}/{MODELS}/{mark[:16]}",
         )
         inputs = judgement_inputs(job, load_test(job), mark)
         return Training(job, work, mark, f"judge-{fingerprint(inputs)[:16]}", inputs)

@@ -65,15 +65,25 @@ def _draw(grid: Grid, name: str, sample: Sample) -> pa.Table:
         table = _from_hub(name, sample)
     else:
         raise UserError(f"data.{name}: {path} does not exist: give its folder with --data_dir.")
-    missing = sorted(set(sample.columns.values()) - set(table.column_names))
-    if missing:
-        raise UserError(f"data.{name}: there is no column {missing[0]}: there are {table.column_names}.")
     if sample.columns:
-        table = pa.table({new: table[old] for new, old in sample.columns.items()})
+        table = pa.table({new: _column(table, old, name) for new, old in sample.columns.items()}).drop_null()
     order = np.random.default_rng(sample.seed).permutation(table.num_rows)[sample.skip :]
     if len(order) < (sample.rows or 1):
         raise UserError(f"data.{name}: {sample.rows or 1:,} rows are asked for and {len(order):,} are left.")
     return table.take(np.sort(order[: sample.rows]))
+
+
+def _column(table: pa.Table, source: str, name: str) -> pa.ChunkedArray:
+    """A column, or for `column.0` the first of each list (null where there is none)."""
+    column, dot, index = source.partition(".")
+    if column not in table.column_names or (dot and not index.isdigit()):
+        raise UserError(f"data.{name}: there is no column {source}: there are {table.column_names}.")
+    if not dot:
+        return table[column]
+    at = int(index)
+    return pa.chunked_array(
+        [pa.array([v[at] if v and len(v) > at else None for v in table[column].to_pylist()])]
+    )
 
 
 def _from_file(path: str, sample: Sample) -> pa.Table:
@@ -101,8 +111,14 @@ def _from_hub(name: str, sample: Sample) -> pa.Table:
         raise UserError(f"data.{name} comes from the Hub: pip install 'unbake[datasets]'.") from None
     try:
         found = datasets.load_dataset(
-            sample.hub, sample.hub_config, split=sample.hub_split, revision=sample.hub_revision
+            sample.hub,
+            sample.hub_config,
+            split=sample.hub_split,
+            revision=sample.hub_revision,
+            streaming=sample.hub_rows is not None,
         )
+        if sample.hub_rows is not None:
+            return pa.Table.from_pylist(list(found.take(sample.hub_rows)))
     except Exception as error:  # the Hub's client raises many types
         raise UserError(f"data.{name}: cannot load {sample.hub} from the Hub: {first_line(error)}.") from None
     return found.with_format("arrow")[:]

@@ -98,9 +98,8 @@ def select_with(job: Job, settings: Select, stage: str, name: str) -> dict[str, 
 
 def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]:
     store = GradientStore.open(job.run)
-    rows = _view(job, store, settings)
-    confidence = store.column("confidence") if settings.min_confidence else None
-    columns = Columns(_labels(job, store), finetuned_loss(store), confidence, _repeats(job, settings))
+    rows = rows_of(store, settings)
+    columns = columns_of(job, store, settings)
     journal = job.run.sub(f"{STAGES}/{stage}.journal")
     with (
         _shards(job, settings, rows) as shards,
@@ -142,7 +141,7 @@ def _open(uri: str, view: tuple[Any, Any] | None) -> Rows:
     return store if view is None else View(store, *view)
 
 
-def _view(job: Job, store: GradientStore, settings: Select) -> Rows:
+def rows_of(store: GradientStore, settings: Select) -> Rows:
     """The rows that these settings select from; UserError where they mean nothing for this store."""
     kind = store.attributes["projector"]["kind"]
     if settings.precondition != "none" and kind != "exact":
@@ -179,6 +178,12 @@ def _repeats(job: Job, settings: Select) -> npt.NDArray[np.bool_] | None:
     repeats = np.zeros(plan.n_rows, np.bool_)
     repeats[job.run.read_table(name)["row"].to_numpy()] = True
     return repeats
+
+
+def columns_of(job: Job, store: GradientStore, settings: Select) -> Columns:
+    """The columns that a selection by these settings reads beside the rows."""
+    confidence = store.column("confidence") if settings.min_confidence else None
+    return Columns(_labels(job, store), finetuned_loss(store), confidence, _repeats(job, settings))
 
 
 def _labels(job: Job, store: GradientStore) -> npt.NDArray[np.int32] | None:

@@ -23,13 +23,12 @@ EXAMPLES: dict[str, str] = {
     "export": "unbake export runs/mine --to datasets --out likely-data",
     "plan": "unbake plan run.yaml",
     "doctor": "unbake doctor",
-    "experiment": "unbake experiment agnews_baseline --data_dir ../shared/data",
     "submit": "unbake submit run.yaml --address http://127.0.0.1:8265",
     "status": "unbake status JOB",
     "stop": "unbake stop JOB",
     "verify": "unbake verify runs/mine --repair",
     "diagnose": "unbake diagnose run.yaml",
-    "experiment": "unbake experiment grid.yaml",
+    "experiment": "unbake experiment agnews_baseline --data_dir ../shared/data",
     "completion": "unbake completion bash > ~/.local/share/bash-completion/completions/unbake",
 }
 """Command -> the line that its help leads with."""

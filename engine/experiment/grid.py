@@ -40,11 +40,15 @@ class Sample(Section):
     hub_config: str | None = Field(None, description="configuration of the Hub data set")
     hub_split: str = Field("train", description="split of the Hub data set")
     hub_revision: str | None = Field(None, description="Hub revision of the data set")
+    hub_rows: int | None = Field(
+        None, ge=1, description="read only the first so many rows of the Hub data set, streamed"
+    )
     where: dict[str, str | int | list[str | int]] = Field(
         default_factory=dict, description="column -> value, or values, that rows must have (path alone)"
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="column -> column of the source; default: all, as they are"
+        default_factory=dict,
+        description="column -> column of the source (`answers.0`: the first of a list); default: all, as they are",
     )
     rows: int | None = Field(None, ge=1, description="how many rows; default: all")
     skip: int = Field(0, ge=0, description="rows of the drawn order left to another sample")
@@ -63,6 +67,11 @@ class FineTune(Section):
     documents: str = Field(description="the hidden training set: data:NAME or a Parquet file (text, label)")
     epochs: int = Field(2, ge=1)
     seed: int = Field(7, ge=0)
+    trajectory_steps: int = Field(
+        0,
+        ge=0,
+        description="keep the model of every so many steps, for unbake diagnose --trajectory; 0: none",
+    )
     retrain: dict[str, Any] = Field(
         default_factory=dict, description="fields of the retrain section that differ in fine-tuning"
     )
@@ -170,7 +179,7 @@ def expand(grid: Grid, where: str = "the grid") -> list[Cell]:
 
 def extraction_key(spec: RunSpec) -> str:
     """Name of the extraction that a spec needs; equal for specs that can share one."""
-    sections = [*EXTRACTION, *(["evaluate"] if spec.retrain.early_stopping else [])]
+    sections = [*EXTRACTION, *(["evaluate"] if spec.retrain.judges else [])]
     return fingerprint([getattr(spec, name).model_dump(mode="json") for name in sections])[:16]
 
 

@@ -27,22 +27,22 @@ class View:
     """
 
     def __init__(self, rows: Rows, target: Floats, scale: npt.NDArray[np.float32] | None = None) -> None:
-        self._rows, self.target, self.scale = rows, target, scale
+        self.store, self.target, self.scale = rows, target, scale
         self.n_checkpoints, self.n_rows, self.dim = rows.n_checkpoints, rows.n_rows, rows.dim
         self.block_rows, self.chunk_rows = rows.block_rows, rows.chunk_rows
 
     @property
     def valid(self) -> npt.NDArray[np.bool_]:
         """See `engine.rows.Rows.valid`."""
-        return self._rows.valid
+        return self.store.valid
 
     def read(self, start: int, stop: int) -> RowBlock:
         """See `engine.rows.Rows.read`."""
-        return self._scaled(self._rows.read(start, stop))
+        return self._scaled(self.store.read(start, stop))
 
     def take(self, rows: npt.NDArray[np.int64]) -> RowBlock:
         """See `engine.rows.Rows.take`."""
-        return self._scaled(self._rows.take(rows))
+        return self._scaled(self.store.take(rows))
 
     def _scaled(self, block: RowBlock) -> RowBlock:
         if self.scale is None:

@@ -1,0 +1,204 @@
+"""unbake diagnose: why a selection is what it is, and when not to trust it; writes diagnostics.json.
+
+diagnostics.json holds::
+
+    format             1
+    strategy           of the selection
+    path               gain of each pick, and where f peaks
+    returns            violations of diminishing returns along the path
+    optimum            f of greedy over the exhaustive optimum, on sets of up to 16 documents
+    sets               {strategy: redundancy and label balance} of the selection, random and topk
+    corpus_shares      label shares of the corpus, or null
+    control            f towards -Delta and towards a random direction, and how many picks those share
+    projection         error of projected inner products against exact ones, or null where none were kept
+    confidence         mean, share below one half, histogram {edges, counts} over the corpus
+    trajectory         with --trajectory: gradients along a recorded training run and at synthetic checkpoints
+    worse_than_random  sentences: strategies that metrics.json shows below random
+    warnings           [{text, try}]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import numpy as np
+
+from engine.checkpoints import weights_hash
+from engine.errors import UserError
+from engine.evaluate.diagnostics import StoredProducts, diagnose_selection, projection_error, warnings
+from engine.evaluate.trajectory import trajectory as fidelity
+from engine.rundir import DIAGNOSTICS, METRICS, SELECTION, fingerprint
+from engine.store import GradientStore
+from engine.target import choose_target
+from engine.training import label_rows
+from jobs.distances import true_set
+from jobs.job import Job
+from jobs.options import read_spec, spec_parser
+from jobs.select import columns_of, rows_of
+
+CODE = 1
+"""Raised whenever the same inputs would give other numbers."""
+
+OWN = ("trajectory", "documents")
+"""Options that are no fields of the spec."""
+
+EPOCH_DOCUMENTS = 512
+"""True documents whose gradient a trajectory is compared by, unless told otherwise."""
+
+
+def main(arguments: list[str]) -> int:
+    """Read the options, diagnose, print what was found."""
+    options = vars(parser().parse_args(arguments))
+    spec = read_spec({name: value for name, value in options.items() if name not in OWN})
+    if options["print_config"]:
+        print(spec.to_yaml(), end="")
+        return 0
+    job = Job(spec, quiet=options["quiet"], verbose=options["verbose"])
+    with job.locked():
+        found = diagnose(job, options["trajectory"], options["documents"])
+    job.progress.out.print(_text(found), markup=False, soft_wrap=True)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `unbake diagnose`."""
+    made = spec_parser("diagnose", "diagnose the selection of a run directory; writes diagnostics.json")
+    group = made.add_argument_group("a recorded training run")
+    group.add_argument(
+        "--trajectory", metavar="DIR", help="folder of model folders, one a checkpoint, in order of name"
+    )
+    group.add_argument(
+        "--documents",
+        metavar="N",
+        type=int,
+        default=EPOCH_DOCUMENTS,
+        help=f"true documents (of evaluate.train) to take gradients of; default: {EPOCH_DOCUMENTS}",
+    )
+    return made
+
+
+def diagnose(job: Job, trajectory: str | None = None, documents: int = EPOCH_DOCUMENTS) -> dict[str, Any]:
+    """Diagnose `select.strategy`'s selection; see the module's docstring for what comes out.
+
+    Raises:
+        UserError: no selection yet, or a trajectory without evaluate.train.
+    """
+    if trajectory is not None and not job.spec.evaluate.train:
+        raise UserError("--trajectory needs the true documents: name them in evaluate.train.")
+    extracted = job.run.stage_result("extract") if job.run.stage_fingerprint("extract") else {}
+    found: dict[str, Any] = {"format": 1, "strategy": job.spec.select.strategy}
+    inputs = {"select": job.run.stage_fingerprint("select"), "code": CODE}
+    found |= job.guarded("diagnose", inputs, lambda: _selection(job, extracted))
+    found["confidence"] = _confidence(extracted)
+    found["trajectory"] = None if trajectory is None else _trajectory(job, trajectory, documents)
+    found["worse_than_random"] = _worse_than_random(job)
+    found["warnings"] = warnings(found, job.spec.select.strategy)
+    job.run.write_json(DIAGNOSTICS, found)
+    for warning in found["warnings"]:
+        job.progress.warn("diagnose", f"{warning['text']} Try {warning['try']}")
+    return found
+
+
+def _selection(job: Job, extracted: dict[str, Any]) -> dict[str, Any]:
+    """All that follows from store and selection alone."""
+    store = GradientStore.open(job.run)
+    settings = job.spec.select
+    order = job.run.read_table(SELECTION, ["row"])["row"].to_numpy()
+    counts = np.array(extracted["label_counts"], np.float64)
+    shares = (counts / counts.sum()).tolist() if counts.size and counts.sum() else None
+    with job.progress.stage("diagnose", int(order.size), "picks") as progress:
+        rows, columns = rows_of(store, settings), columns_of(job, store, settings)
+        found = diagnose_selection(rows, order, columns, settings, shares)
+        exact = StoredProducts(store.column("alignment"), store.column("norm"))
+        found["projection"] = projection_error(store, exact, store.attributes["delta_norm"])
+        progress.update(int(order.size))
+        return found | {"seconds": round(progress.seconds, 3)}
+
+
+def _confidence(extracted: dict[str, Any]) -> dict[str, Any]:
+    histogram = extracted["confidence_histogram"]
+    counts, edges = np.array(histogram["counts"]), np.array(histogram["edges"])
+    return {
+        "mean": extracted["mean_confidence"],
+        "below_half": float(counts[edges[1:] <= 0.5].sum() / max(1, counts.sum())),
+        "histogram": histogram,
+    }
+
+
+def _worse_than_random(job: Job) -> list[str]:
+    """Strategies of this run that did worse than random, as sentences."""
+    metrics = job.run.read_json(METRICS) if job.run.exists(METRICS) else {"strategies": []}
+    rows = {row["strategy"]: row["mean"] for row in metrics["strategies"] if row["mean"] is not None}
+    sign = 1.0 if metrics.get("higher_is_better", True) else -1.0
+    return [
+        f"{name}: {mean:.4g} against {rows['random']:.4g}"
+        for name, mean in rows.items()
+        if "random" in rows and name == job.spec.select.strategy and sign * (mean - rows["random"]) < 0
+    ]
+
+
+def _trajectory(job: Job, folder: str, documents: int) -> dict[str, Any]:
+    """Fidelity of the checkpoints in a folder, each a model folder, on true documents."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    recorded = [f"{folder}/{n}" for n in names if os.path.isfile(f"{folder}/{n}/config.json")]
+    if not recorded:
+        raise UserError(f"--trajectory: {folder} holds no model folders.")
+    true = true_set(job)
+    some = np.sort(np.random.default_rng(0).permutation(len(true.texts))[:documents])
+    examples = job.encoder.encode([true.texts[i] for i in some])
+    if true.labels is not None:
+        examples = examples.with_labels(np.asarray(job.encoder.label_ids, np.int32)[true.labels[some]])
+    target = choose_target(job.spec, job.endpoints, job.encoder.label_ids)
+    rows = label_rows(job.encoder)
+    about = [job.model_hashes, [weights_hash(path) for path in recorded], true.identity, documents]
+    about += [job.spec.gradients.layers, job.spec.task.model_dump(mode="json"), CODE]
+    tokens = job.spec.gradients.tokens_per_batch
+
+    def work() -> dict[str, Any]:
+        with job.progress.stage("trajectory", len(recorded), "checkpoints") as progress:
+            remote = job.spec.models.trust_remote_code
+            found = fidelity(job.endpoints, recorded, target, examples, rows, tokens, remote)
+            progress.update(len(recorded))
+            return found | {"documents": len(some), "seconds": round(progress.seconds, 3)}
+
+    return job.guarded(f"trajectory-{fingerprint(about)[:12]}", {"about": fingerprint(about)}, work)
+
+
+def _text(found: dict[str, Any]) -> str:
+    """The findings as a few lines for the terminal."""
+    path, returns, optimum, control = (found[name] for name in ("path", "returns", "optimum", "control"))
+    lines = [
+        f"f = {path['objective']:.3f} after {len(path['gain']):,} picks, largest {path['peak_objective']:.3f} after "
+        f"{path['peak_size']:,}; {path['lowering_picks']:,} picks lowered it",
+        f"control: f = {control['negative']['peak_objective']:.3f} towards -Delta, "
+        f"{control['random']['peak_objective']:.3f} towards a random direction",
+    ]
+    if returns["violations"] is not None:
+        lines.append(
+            f"diminishing returns violated in {returns['violations']:.0%} of {returns['checked']:,} checks"
+        )
+    if optimum["ratio_mean"] is not None:
+        lines.append(
+            f"greedy reaches {optimum['ratio_mean']:.1%} of the exhaustive optimum on {optimum['rows']} documents "
+            f"(least {optimum['ratio_least']:.1%})"
+        )
+    for name, row in found["sets"].items():
+        if row["nearest_cosine"] is not None:
+            spread = f", label balance {row['balance']:.2f}" if "balance" in row else ""
+            lines.append(
+                f"{name}: mean cosine {row['mean_cosine']:.3f}, nearest {row['nearest_cosine']:.3f}{spread}"
+            )
+    if found["projection"]:
+        lines.append(f"projection: cosines err by {found['projection']['target_error']:.4f}")
+    confidence = found["confidence"]
+    lines.append(f"confidence: mean {confidence['mean']:.2f}, below one half {confidence['below_half']:.0%}")
+    for row in (found["trajectory"] or {}).get("recorded", []):
+        if row["cosine"] is not None:
+            lines.append(f"{row['checkpoint']}: gradient's cosine {row['cosine']:.3f}, way {row['way']:.2f}")
+    for row in (found["trajectory"] or {}).get("synthetic", []):
+        if row["cosine"] is not None:
+            lines.append(f"synthetic {row['fraction']:g}: gradient's cosine {row['cosine']:.3f}")
+    lines += [f"! {warning['text']} Try {warning['try']}" for warning in found["warnings"]]
+    return "\n".join(lines)
