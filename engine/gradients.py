@@ -7,24 +7,25 @@ The last layer needs no backward pass: one forward pass gives the states h_t and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.batches import Batches, LossBatch, tokens_per_batch
 from engine.checkpoints import Endpoints
-from engine.encode import IGNORE, Batch, Encoder, Ragged, length_batches, pad
-from engine.labels import classify
+from engine.encode import IGNORE, Encoder, Ragged
+from engine.labels import best_labels
+from engine.last_layer import LastLayer, Result
 from engine.layers import LayerHooks
 from engine.models import Head, check_head, find_head, hidden_states, load_model, torch_dtype
 from engine.projection import Projector
 from engine.spec import RunSpec
 from engine.target import Target
-
-LOGIT_BYTES = 128 << 20
-"""Float32 logits held at once; documents are cut at this from their own start, whatever batch they are in."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,6 @@ class PartitionGradients:
 
 
 @dataclass
-class _Result:
-    """One batch at one checkpoint: rows (docs, dim), loss, norm, alignment (docs,) float32; label (docs,) int64."""
-
-    rows: torch.Tensor
-    loss: torch.Tensor
-    norm: torch.Tensor
-    alignment: torch.Tensor
-    label: torch.Tensor
-
-
-@dataclass
 class _Pass:
     """Results of one checkpoint, filled batch by batch: each (n,) float32, features (n, d) float16."""
 
@@ -68,6 +58,11 @@ class _Pass:
     loss: npt.NDArray[np.float32]
     norm: npt.NDArray[np.float32]
     alignment: npt.NDArray[np.float32]
+
+    def keep(self, members: npt.NDArray[np.int64], found: dict[str, npt.NDArray[Any]]) -> None:
+        """Write a batch's columns to its documents."""
+        for name in ("features", "scale", "loss", "norm", "alignment"):
+            getattr(self, name)[members] = found[name]
 
 
 class GradientEngine:
@@ -105,12 +100,36 @@ class GradientEngine:
         self.label_ids = torch.tensor(encoder.label_ids, dtype=torch.int64, device=device)
         self.hooked = [layer.name for layer in target.layers] != [self.head.name]
         self.projector: Projector = target.projector(device)
-        self._head_delta = None if self.hooked or encoder.scope != "last_token" else self._load_head_delta()
+        self._on_device = functools.cache(self.projector.to)
+        self._last_layer = self._make_last_layer()
+        self.batches = Batches(device, spec.gradients.tokens_per_batch or self._tokens_that_fit())
 
-    def _load_head_delta(self) -> torch.Tensor:
+    @property
+    def tokens_per_batch(self) -> int:
+        """Padded tokens of a batch: as asked or by the device's memory, and less once memory has run out."""
+        return self.batches.tokens
+
+    def _make_last_layer(self) -> LastLayer:
+        names = [layer.name for layer in self.target.layers]
+        index = names.index(self.head.name) if self.head.name in names else None
+        aligned = not self.hooked and self.encoder.scope == "last_token"
+        return LastLayer(
+            self.head,
+            self.target.vocab,
+            self.label_ids if self.classifies and self.target.only is not None else None,
+            None if index is None else self.projector,
+            index or 0,
+            self._head_delta() if aligned else None,
+        )
+
+    def _head_delta(self) -> torch.Tensor:
         """Delta of the last layer, (rows, cols) float32, for exact alignments."""
         chunks = [chunk for _, chunk in self.target.delta(self.endpoints, self.target.layers[0])]
         return torch.cat(chunks).to(self.device)
+
+    @torch.inference_mode()
+    def _tokens_that_fit(self) -> int:
+        return tokens_per_batch(self.device, lambda ids: hidden_states(self.model, ids))
 
     def run(self, documents: Ragged, progress: Callable[[int], None] | None = None) -> PartitionGradients:
         """Label and differentiate n encoded documents at every checkpoint.
@@ -118,25 +137,16 @@ class GradientEngine:
         Deterministic: equal documents, device, dtype, threads and tokens_per_batch give equal bytes.
         """
         n, p = len(documents), len(self.fractions)
-        groups, unusable = self._batches(documents)
+        usable = _with_loss(documents)
         label, confidence = np.full(n, -1, np.int32), np.zeros(n, np.float32)
         passes = [self._empty_pass(n) for _ in range(p)]
         order = sorted(range(p), key=lambda j: -self.fractions[j])
         if self.fractions[order[0]] != 1.0:
-            self._walk(1.0, documents, groups, None, label, confidence, progress)
+            self._walk(1.0, documents, usable, None, label, confidence, progress)
         for j in order:
-            self._walk(self.fractions[j], documents, groups, passes[j], label, confidence, progress)
-        problems = dict.fromkeys(unusable.tolist(), "no token that carries loss")
+            self._walk(self.fractions[j], documents, usable, passes[j], label, confidence, progress)
+        problems = dict.fromkeys(np.flatnonzero(~usable).tolist(), "no token that carries loss")
         return _assemble(passes, label, confidence, documents, problems)
-
-    def _batches(self, documents: Ragged) -> tuple[list[npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
-        """Length-sorted batches of the documents with a loss token, and the positions of those without."""
-        counts = np.zeros(len(documents), np.int64)
-        owner = np.repeat(np.arange(len(documents)), documents.lengths)
-        np.add.at(counts, owner[documents.targets != IGNORE], 1)
-        usable = np.flatnonzero(counts)
-        groups = length_batches(documents.lengths[usable], self.spec.gradients.tokens_per_batch)
-        return [usable[group] for group in groups], np.flatnonzero(counts == 0)
 
     def _empty_pass(self, n: int) -> _Pass:
         nothing = [np.full(n, np.nan, np.float32) for _ in range(3)]
@@ -146,7 +156,7 @@ class GradientEngine:
         self,
         fraction: float,
         documents: Ragged,
-        groups: list[npt.NDArray[np.int64]],
+        usable: npt.NDArray[np.bool_],
         out: _Pass | None,
         label: npt.NDArray[np.int32],
         confidence: npt.NDArray[np.float32],
@@ -156,139 +166,119 @@ class GradientEngine:
         if fraction != self.at:
             self.endpoints.interpolate(self.model, fraction)
             self.at = fraction
-        for members in groups:
-            batch = pad(documents, members).to(self.device)
-            result = (
-                self._hooked(batch, label[members])
-                if self.hooked
-                else self._last_layer(batch, label[members], out)
-            )
-            loss = result.loss.cpu().numpy()
+
+        def keep(members: npt.NDArray[np.int64], found: dict[str, npt.NDArray[Any]]) -> None:
             if fraction == 1.0:
-                label[members] = result.label.cpu().numpy()
-                confidence[members] = np.exp(-loss)
+                label[members] = found.pop("label")
+                confidence[members] = np.exp(-found["loss"])
             if out is not None:
-                out.loss[members] = loss
-                _store_rows(out, members, result)
+                out.keep(members, found)
             if progress is not None:
                 progress(len(members))
 
+        results = _Results(keep)
+
+        def work(batch: LossBatch) -> None:
+            given = torch.from_numpy(label[batch.members].astype(np.int64)).to(self.device)
+            result = Result.empty(len(batch.counts), self.projector.dim, given)
+            if self.hooked:
+                self._with_hooks(batch, result)
+            else:
+                self._without_backward(batch, result, out is not None)
+            results.put(batch.members, result, out is not None)
+
+        self.batches.walk(documents, np.flatnonzero(usable), work)
+        results.flush()
+
     @torch.inference_mode()
-    def _last_layer(self, batch: Batch, label: npt.NDArray[np.int32], out: _Pass | None) -> _Result:
-        """Loss and projected last-layer gradients of one batch: one forward pass, no backward pass.
+    def _without_backward(self, batch: LossBatch, result: Result, project: bool) -> None:
+        """Losses, and projected last-layer gradients if wanted: one forward pass."""
+        hidden = self._loss_states(batch)
+        targets = self._targets(batch, hidden, result.label)
+        self._last_layer.add(result, hidden, targets, batch.docs, batch.weight, batch.counts, project)
 
-        Logits live for a few documents at a time, so memory does not grow with the vocabulary.
-        """
-        hidden, targets, docs, weight = self._loss_states(batch)
-        result = self._empty_result(len(batch.lengths), label)
-        counts = torch.bincount(docs, minlength=len(batch.lengths)).tolist()
-        for start, stop in _token_chunks(counts, max(1, LOGIT_BYTES // (4 * self.target.vocab))):
-            h, d, w = hidden[start:stop], docs[start:stop], weight[start:stop]
-            loss, error = self._errors(h, targets[start:stop], d, result.label)
-            result.loss.index_add_(0, d, loss * w)
-            if out is None:
-                continue
-            error, h = error.mul_(w[:, None]), h.float()
-            first, last = int(d[0]), int(d[-1]) + 1
-            result.rows[first:last] += self._project(0, error, h, d - first, last - first)
-            if self._head_delta is not None:
-                result.norm[first:last] = error.norm(dim=1) * h.norm(dim=1)
-                result.alignment[first:last] = (error * (h @ self._head_delta.T)).sum(1)
-        return result
-
-    def _loss_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """States that predict a loss token: hidden (tokens, hidden), targets, document and 1/T_i (tokens,)."""
-        states = hidden_states(self.model, batch.input_ids)
-        docs, positions = torch.nonzero(batch.targets != IGNORE, as_tuple=True)
-        weight = 1.0 / torch.bincount(docs, minlength=len(batch.lengths))[docs]
-        return states[docs, positions], batch.targets[docs, positions], docs, weight
-
-    def _errors(
-        self, hidden: torch.Tensor, targets: torch.Tensor, docs: torch.Tensor, label: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token losses (tokens,), keeping their graph if any, and dL/dz (tokens, rows) without one, unweighted.
-
-        In classification at theta_f the labels are found here, into `label`, (docs,) int64.
-        """
-        if self.classifies:
-            restricted = self.target.only is not None
-            found = classify(self.head, hidden, self.label_ids, restricted, self.target.vocab)
-            if self.at == 1.0:
-                label[docs] = found.label
-            chosen, logits, log_probs = found.columns[label[docs]], found.logits, found.log_probs
-        else:
-            logits = self.head.logits(hidden, slice(0, self.target.vocab))
-            log_probs, chosen = torch.log_softmax(logits, 1), targets
-        loss = -log_probs.gather(1, chosen[:, None])[:, 0]
-        error = log_probs.detach().exp()
-        error[torch.arange(len(chosen), device=chosen.device), chosen] -= 1.0
-        return loss, self.head.backward_logits(error, logits.detach())
-
-    def _empty_result(self, n: int, label: npt.NDArray[np.int32]) -> _Result:
-        zero = torch.zeros(n, device=self.device)
-        nan = torch.full((n,), float("nan"), device=self.device)
-        rows = torch.zeros((n, self.projector.dim), device=self.device)
-        return _Result(rows, zero, nan, nan.clone(), torch.from_numpy(label.astype(np.int64)).to(self.device))
-
-    def _project(
-        self, layer: int, error: torch.Tensor, hidden: torch.Tensor, docs: torch.Tensor, n: int
-    ) -> torch.Tensor:
-        """Projected gradients (n, dim) float32 of one layer from its factors."""
-        state = self.projector.begin(layer, len(error), error.device)
-        self.projector.add_errors(state, error, 0)
-        return self.projector.finish(state, hidden, docs, n)
-
-    def _hooked(self, batch: Batch, label: npt.NDArray[np.int32]) -> _Result:
-        """Loss and projected gradients of any linear layers: factors from hooks, one backward pass.
+    def _with_hooks(self, batch: LossBatch, result: Result) -> None:
+        """Losses and projected gradients of any linear layers: one forward pass, one backward pass.
 
         Documents do not meet in the forward pass, so the gradient of the summed losses splits by document.
+        The head needs no graph: dL/dh is its error times its weight, for a few tokens at a time.
         """
-        result = self._empty_result(len(batch.lengths), label)
+        others = {i: x.name for i, x in enumerate(self.target.layers) if x.name != self.head.name}
+        docs, length = batch.input_ids.shape
         with (
-            LayerHooks(self.model, [layer.name for layer in self.target.layers]) as hooks,
+            LayerHooks(self.model, others, self._on_device, (docs, length), result.rows) as hooks,
             torch.enable_grad(),
         ):
-            hidden, targets, docs, weight = self._loss_states(batch)
-            loss, error = self._errors(hidden, targets, docs, result.label)
-            hooks.backward((loss * weight).sum())
-        with torch.inference_mode():
-            result.loss.index_add_(0, docs, loss.detach() * weight)
-            real = torch.arange(batch.input_ids.shape[1], device=self.device)[None] < batch.lengths[:, None]
-            owner = torch.nonzero(real, as_tuple=True)[0]
-            for index, layer in enumerate(self.target.layers):
-                if layer.name == self.head.name:
-                    left, right, docs_of = error * weight[:, None], hidden.detach(), docs
-                else:
-                    left, right, docs_of = *hooks.factors(layer.name, real), owner
-                result.rows.add_(
-                    self._project(index, left.float(), right.float(), docs_of, len(batch.lengths))
+            hidden = self._loss_states(batch)
+            gradient = torch.empty_like(hidden)
+            with torch.no_grad():
+                targets = self._targets(batch, hidden, result.label)
+                self._last_layer.add(
+                    result,
+                    hidden,
+                    targets,
+                    batch.docs,
+                    batch.weight,
+                    batch.counts,
+                    backward=gradient,
+                    backward_scale=hooks.scale,
                 )
-        return result
+            hooks.backward(hidden, gradient)
+
+    def _loss_states(self, batch: LossBatch) -> torch.Tensor:
+        """States that predict a loss token, (tokens, hidden)."""
+        states = hidden_states(self.model, batch.input_ids)
+        return states.flatten(0, 1)[batch.index]
+
+    def _targets(self, batch: LossBatch, hidden: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Rows of the softmax that are to be predicted, (tokens,) int64; at theta_f labels are found, into `label`."""
+        if not self.classifies:
+            return batch.targets
+        if self.at == 1.0:
+            label.copy_(best_labels(self.head, hidden, self.label_ids))
+        return label if self.target.only is not None else self.label_ids[label]
 
 
-def _store_rows(out: _Pass, members: npt.NDArray[np.int64], result: _Result) -> None:
-    """Split rows into unit-norm float16 features and float32 norms, and keep norm and alignment."""
-    norm = torch.linalg.vector_norm(result.rows, dim=1, dtype=torch.float64)
-    safe = torch.where(norm > 0, norm, torch.ones_like(norm))
-    out.features[members] = (result.rows / safe[:, None].float()).to(torch.float16).cpu().numpy()
-    out.scale[members] = norm.to(torch.float32).cpu().numpy()
-    out.norm[members] = result.norm.cpu().numpy()
-    out.alignment[members] = result.alignment.cpu().numpy()
+class _Results:
+    """Brings results to main memory, on a GPU while the next batch computes, and hands them to `keep`."""
+
+    def __init__(self, keep: Callable[[npt.NDArray[np.int64], dict[str, npt.NDArray[Any]]], None]) -> None:
+        self._keep = keep
+        self._waiting: tuple[npt.NDArray[np.int64], dict[str, torch.Tensor], torch.cuda.Event] | None = None
+
+    @torch.inference_mode()
+    def put(self, members: npt.NDArray[np.int64], result: Result, project: bool) -> None:
+        """Rows are split into unit-norm float16 features and float32 norms before they leave the device."""
+        found = {"loss": result.loss, "label": result.label}
+        if project:
+            scale = torch.linalg.vector_norm(result.rows, dim=1, dtype=torch.float64)
+            safe = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+            found["features"] = (result.rows / safe[:, None]).to(torch.float16)
+            found |= {"scale": scale.float(), "norm": result.norm, "alignment": result.alignment}
+        if not result.loss.is_cuda:
+            self._keep(members, {name: value.numpy() for name, value in found.items()})
+            return
+        pinned = {name: torch.empty(v.shape, dtype=v.dtype, pin_memory=True) for name, v in found.items()}
+        for name, value in found.items():
+            pinned[name].copy_(value, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(result.loss.device))
+        self.flush()
+        self._waiting = members, pinned, copied
+
+    def flush(self) -> None:
+        """Wait for what is on its way."""
+        if self._waiting is not None:
+            members, found, copied = self._waiting
+            self._waiting = None
+            copied.synchronize()
+            self._keep(members, {name: value.numpy() for name, value in found.items()})
 
 
-def _token_chunks(counts: list[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Token ranges of whole documents, at most `limit` tokens each; a longer document is cut from its start."""
-    start = stop = 0
-    for count in counts:
-        if stop > start and stop - start + count > limit:
-            yield start, stop
-            start = stop
-        stop += count
-        while stop - start > limit:
-            yield start, start + limit
-            start += limit
-    if stop > start:
-        yield start, stop
+def _with_loss(documents: Ragged) -> npt.NDArray[np.bool_]:
+    """Which documents have a token that carries loss, (n,)."""
+    carries = np.concatenate([[0], np.cumsum(documents.targets != IGNORE)])
+    return np.diff(carries[documents.offsets]) > 0
 
 
 def _assemble(

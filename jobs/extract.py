@@ -23,7 +23,7 @@ from engine.target import Target, choose_target
 from jobs.job import Job
 
 STAGE = "extract"
-CODE = 1
+CODE = 2
 """Raised whenever the same inputs would give other bytes."""
 
 LOW_CONFIDENCE = 0.5
@@ -108,8 +108,11 @@ def _extract(job: Job, ready: Prepared, inputs: dict[str, Any]) -> dict[str, Any
                 threads=inputs["extract.threads"],
             )
 
+            lowered = _Lowered(job)
+
             def on_receipt(receipt: dict[str, Any]) -> None:
                 watch.add(receipt)
+                lowered.see(receipt)
                 stage.advance(receipt["rows"])
 
             cluster.extract.extract(work, todo, on_receipt)
@@ -122,6 +125,24 @@ def _extract(job: Job, ready: Prepared, inputs: dict[str, Any]) -> dict[str, Any
     store.sweep()
     watch.write()
     return _result(job, store, target, watch, time.monotonic() - started)
+
+
+class _Lowered:
+    """Says once for each new budget that a worker ran out of memory and went on with smaller batches."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._said = job, set[int]()
+
+    def see(self, receipt: dict[str, Any]) -> None:
+        tokens = receipt.get("tokens_per_batch")
+        if tokens is not None and tokens not in self._said:
+            self._said.add(tokens)
+            self._job.progress.warn(
+                STAGE,
+                f"memory ran out in a worker, which goes on with batches of {tokens:,} tokens: gradients agree with "
+                "those of larger batches to rounding, not to the byte; set gradients.tokens_per_batch to repeat "
+                "them exactly.",
+            )
 
 
 class _Quarantine:
