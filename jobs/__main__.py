@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "verify": "check every byte of a run directory against its records, and have damage made anew",
     "diagnose": "why a selection is what it is, and when not to trust it",
     "experiment": "a grid of runs that share what they have in common: tables and plots",
+    "export": "the selection as a Hugging Face data set or as rows for TRL and axolotl, a model with its card",
     "doctor": "whether this machine can run all of it: versions, devices, memory, Ray, DeepSpeed, the Hub",
     "completion": "completion of commands, options and values for bash or zsh",
     "demo": "the whole job on an embedded example; nothing to download but a package",
