@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.batches import CPU_TOKENS
 from engine.checkpoints import weights_hash
 from engine.errors import UserError
 from engine.evaluate.diagnostics import StoredProducts, diagnose_selection, projection_error, warnings
@@ -154,7 +155,7 @@ def _trajectory(job: Job, folder: str, documents: int) -> dict[str, Any]:
     rows = label_rows(job.encoder)
     about = [job.model_hashes, [weights_hash(path) for path in recorded], true.identity, documents]
     about += [job.spec.gradients.layers, job.spec.task.model_dump(mode="json"), CODE]
-    tokens = job.spec.gradients.tokens_per_batch
+    tokens = job.spec.gradients.tokens_per_batch or CPU_TOKENS
 
     def work() -> dict[str, Any]:
         with job.progress.stage("trajectory", len(recorded), "checkpoints") as progress:
