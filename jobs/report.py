@@ -64,7 +64,7 @@ def report(job: Job, kind: str = "html", out: str | None = None, price: float | 
         price: of an hour of the machines.
     """
     from engine import report as formats
-    from engine.rundir import METRICS, NEAREST, SELECTION
+    from engine.rundir import DIAGNOSTICS, METRICS, NEAREST, SELECTION
 
     run = job.run
     summary: dict[str, Any] = {"spent": spent(run), "price_per_hour": price}
@@ -77,6 +77,7 @@ def report(job: Job, kind: str = "html", out: str | None = None, price: float | 
         for name in near.column_names:
             selection = selection.append_column(name, near[name])
     metrics = run.read_json(METRICS) if run.exists(METRICS) else None
+    summary["diagnosed"] = run.read_json(DIAGNOSTICS) if run.exists(DIAGNOSTICS) else None
     render = {"html": formats.render, "md": formats.render_markdown, "json": formats.render_json}[kind]
     page = render(run, job.spec, metrics, selection, summary)
     if out == "-":

@@ -46,6 +46,7 @@ def render(
                       documents_per_second, tokens, truncated
             map:      what `plane` returns
             spent:    seconds by stage, over all its starts; price_per_hour: of the machines, for the cost
+            diagnosed: diagnostics.json (`jobs.diagnose`)
             diagnostics {name: value}, versions {package: version}, warnings [sentence]
 
             A selection with the columns nearest (text) and nearest_distance shows, with each document, the

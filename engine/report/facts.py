@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from engine.report import numbers
+from engine.report.findings import findings, sentences
 from engine.rundir import SPEC, STAGES, RunDir
 from engine.spec import RunSpec
 
@@ -58,6 +59,7 @@ def facts(
         "map": summary.get("map"),
         "extract": extract,
         "diagnostics": summary.get("diagnostics") or {},
+        "findings": findings(summary.get("diagnosed")),
         "stages": stages,
         "total_seconds": _total(stages, "seconds"),
         "total_cost": _total(stages, "cost"),
@@ -219,6 +221,7 @@ def _warnings(
     metrics: dict[str, Any] | None, summary: dict[str, Any], objective: dict[str, Any] | None
 ) -> list[str]:
     found = [*(metrics or {}).get("warnings", []), *summary.get("warnings", [])]
+    found += sentences(summary.get("diagnosed"))
     if objective and objective["peak"]["size"] < 0.9 * objective["size"]:
         found.append(
             f"The objective peaks at {objective['peak']['size']:,} of {objective['size']:,} documents and "

@@ -10,9 +10,10 @@ import torch
 
 from engine.encode import Encoder, Ragged
 from engine.errors import UserError
+from engine.examples import load_examples
 from engine.models import load_model, load_tokenizer
 from engine.spec import Retrain, Task
-from engine.training import load_examples, train_plain
+from engine.training import train_plain
 
 SENTENCES = tiny.sentences(4)
 

@@ -35,7 +35,9 @@ def grid(folder: Path, base: str, corpus: str, test: Path, **changes: Any) -> di
         "run_dir": str(folder / "experiment"),
         "data_dir": str(test.parent),
         "data": {"hidden": {"path": test.name, "rows": 24, "where": {"label": [0, 1, 2]}}},
-        "finetune": {"documents": "data:hidden", "epochs": 2, "retrain": {"learning_rate": 1e-2}},
+        "finetune": {
+            "documents": "data:hidden", "epochs": 2, "trajectory_steps": 2, "retrain": {"learning_rate": 1e-2},
+        },
         "spec": {
             "models": {"base": base},
             "corpus": {"paths": [corpus], "partition_rows": 64},
@@ -111,7 +113,7 @@ def test_the_fine_tuned_model_learned_the_sample(ready: tuple[Path, Path], tiny_
     hidden = pq.read_table(ready[1] / "data/hidden.parquet").to_pydict()
     assert len(hidden["text"]) == 24
     assert set(hidden["label"]) <= {0, 1, 2}
-    (made,) = (ready[1] / "models").glob("finetuned-*")
+    (made,) = (ready[1] / "models").glob("finetuned-????????????????")
     ids = torch.arange(10)[None]
     models = [load_model(path, torch.float32)(input_ids=ids).logits for path in (str(made), tiny_base)]
     assert not torch.allclose(*models)
@@ -131,7 +133,7 @@ def test_means_and_intervals_are_those_of_the_rows(ready: tuple[Path, Path]) -> 
 
 def test_tables_and_plots_are_written(ready: tuple[Path, Path]) -> None:
     folder = ready[1]
-    assert (folder / "results.md").read_text().count("\n| ") == 4  # the lines below head and rule
+    assert (folder / "results.md").read_text().count("\n| ") == 1 + 4  # the rule and its lines
     assert {path.name for path in (folder / "plots").iterdir()} == {"gradients.dim.svg"}
     text = "".join(ET.parse(folder / "plots/gradients.dim.svg").getroot().itertext())
     for word in ("random", "greedy", "accuracy", "gradients.dim"):
@@ -152,6 +154,41 @@ def test_a_second_start_does_nothing_and_a_wider_grid_only_what_is_new(ready: tu
     assert events(folder, "extract").count("begin") == 2
     assert main(["experiment", str(path), "--quiet"]) == 0
     assert (folder / "results.parquet").read_bytes() == results
+
+
+def test_a_runs_selection_is_diagnosed_along_the_recorded_training(
+    ready: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The extraction is a run directory like any other, and fine-tuning kept a model every two steps."""
+    (run,) = (ready[1] / "extractions").glob(extraction_of(ready[1], 32))
+    (recorded,) = (ready[1] / "models").glob("finetuned-*-trajectory")
+    assert sorted(path.name for path in recorded.iterdir()) == ["step-000002", "step-000004"]
+    chosen = ["--select.strategy", "greedy", "--quiet"]
+    assert main(["select", str(run), *chosen]) == 0
+    capsys.readouterr()
+    assert main(["diagnose", str(run), *chosen, "--trajectory", str(recorded)]) == 0
+    said = capsys.readouterr().out
+    found = json.loads((run / "diagnostics.json").read_text())
+    assert set(found["sets"]) == {"greedy", "random", "topk"}
+    assert len(found["path"]["gain"]) == 8
+    assert found["projection"]["target_error"] > 0.01  # 32 dimensions
+    ways = [row["way"] for row in found["trajectory"]["recorded"]]
+    assert 0 < ways[0] < ways[1] < 1
+    first = found["trajectory"]["synthetic"][0]
+    assert first["cosine"] > 0.1  # at theta_0 the true gradient points along Delta
+    assert f"synthetic 0: gradient's cosine {first['cosine']:.3f}" in said
+    for warning in found["warnings"]:
+        assert warning["try"] in said
+    assert main(["report", str(run), *chosen]) == 0
+    page = (run / "report.html").read_text()
+    for words in ("Trajectory fidelity", "step-000004", "Redundancy and balance"):
+        assert words in page
+
+
+def extraction_of(folder: Path, dim: int) -> str:
+    """Name of the extraction of a projected size."""
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    return next(row["extraction"] for row in rows if row["dim"] == dim)
 
 
 @pytest.mark.slow
