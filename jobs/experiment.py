@@ -369,9 +369,8 @@ class Experiment:
         }
         if cell.spec.evaluate.train:
             found = distances(job, f"distances-{name}", f"comparisons/{name}.parquet", true_set(job))
-            row |= {
-                f"distance_{key}": value for key, value in found.items() if isinstance(value, int | float)
-            }
+            known = {key: value for key, value in sorted(found.items()) if isinstance(value, int | float)}
+            row |= {f"distance_{key}": value for key, value in known.items()}
         return row
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
