@@ -37,7 +37,7 @@ check: $(READY)
 
 # What docs/security.md explains; pip-audit asks a vulnerability service on the network.
 audit: $(READY)
-	$(BIN)/bandit --quiet --recursive --severity-level medium engine cluster jobs
+	$(BIN)/bandit --configfile pyproject.toml --quiet --recursive --severity-level medium engine cluster jobs
 	$(BIN)/pip-audit --skip-editable
 
 bench: $(READY)

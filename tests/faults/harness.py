@@ -30,8 +30,8 @@ ACTORS = ("MapWorker", "ShardActor", "RayTrainWorker")
 """What our Ray workers call themselves: extraction's two pools, index shards, training."""
 
 
-def make_case(folder: Path, documents: int = 2048, partition_rows: int = 64, **sections: Any) -> Path:
-    """A spec whose extraction has 32 partitions and takes seconds; its file. Models are made beside it."""
+def make_case(folder: Path, documents: int = 1024, partition_rows: int = 64, **sections: Any) -> Path:
+    """A spec whose extraction has 16 partitions and takes seconds; its file. Models are made beside it."""
     if not (folder / "base").exists():
         tiny.save_model(folder / "base")
         tiny.save_model(folder / "finetuned", perturb=0.02)
@@ -49,10 +49,10 @@ def make_case(folder: Path, documents: int = 2048, partition_rows: int = 64, **s
         "extract": {
             "threads": 1, "workers_min": 2, "workers_max": 2, "cpus_per_worker": 0.5, "max_attempts": 5
         },
-        "select": {"size": 400, "shards": 2, "index_memory_mb": 1},
+        "select": {"size": 60, "shards": 2, "index_memory_mb": 4},
         "retrain": {
-            "strategies": ["greedy"], "epochs": 4, "batch_size": 16, "dtype": "float32", "threads": 1,
-            "checkpoint_steps": 10, "learning_rate": 1e-3,
+            "strategies": ["greedy"], "epochs": 8, "batch_size": 8, "dtype": "float32", "threads": 1,
+            "checkpoint_steps": 4, "learning_rate": 1e-3,
         },
     }  # fmt: skip
     for name, section in sections.items():
@@ -165,7 +165,8 @@ class Soak:
     address: str
     seed: int
     command: str = "recover"
-    patience: float = 20.0
+    patience: float = 8.0
+    per_run: int = 12
     killed: Counter[tuple[str, str]] = field(default_factory=Counter)
     runs: int = 0
     starts: int = 0
@@ -186,7 +187,8 @@ class Soak:
             self.one_run(kills)
 
     def one_run(self, limit: int) -> None:
-        """One run directory from nothing to its end, disturbed until `limit` kills were made in all."""
+        """One run directory from nothing to its end, disturbed `per_run` times, or until `limit` in all."""
+        limit = min(limit, self.kills + self.per_run)
         run = self.reference.parent / f"soak-{self.seed}-{self.runs}"
         driver = self._start(run)
         while True:
@@ -221,7 +223,7 @@ class Soak:
             before, deadline = progress_of(run), time.monotonic() + self.patience
             while driver.alive and progress_of(run) == before and time.monotonic() < deadline:
                 time.sleep(0.02)
-        deadline = time.monotonic() + self._rng.random() * 1.0
+        deadline = time.monotonic() + self._rng.random() * 0.7
         while driver.alive and time.monotonic() < deadline:
             time.sleep(0.01)
 
@@ -229,7 +231,7 @@ class Soak:
         return [process for process in workers() if process.pid not in self._others]
 
     def _strike(self, run: Path, driver: Driver) -> None:
-        stage, kind = stage_of(run), self._rng.choices(("worker", "all workers", "driver"), (7, 1, 2))[0]
+        stage, kind = stage_of(run), self._rng.choices(("worker", "all workers", "driver"), (8, 1, 2))[0]
         if kind == "driver":
             driver.signal(signal.SIGKILL)
             driver.wait()

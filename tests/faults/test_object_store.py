@@ -10,12 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import fsspec
+import numpy as np
 import pytest
 
+from engine.corpus import make_plan, read_partition
+from engine.gradients import PartitionGradients
 from engine.integrity import verify
 from engine.lock import LOCK, RunLock
 from engine.rundir import RunDir
+from engine.spec import Corpus
 from engine.storage import Folder
+from engine.store import GradientStore, StoreShape
 from faults import s3
 from faults.harness import make_case
 
@@ -83,6 +89,52 @@ def test_the_lock_works_on_an_object_store(here: str, monkeypatch: pytest.Monkey
     assert not folder.exists(LOCK)
 
 
+def test_plan_store_and_verification_get_through_failing_storage(
+    upstream: str, tmp_path: Path, tiny_corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request in ten fails in one of five ways; what is there in the end is what was meant."""
+    quick = {"config_kwargs": {"read_timeout": 0.5, "connect_timeout": 0.5}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", quick)
+    failures = s3.Failures(share=1 / 10, seed=1, slow=0.7)
+    corpus = Corpus(paths=[tiny_corpus], partition_rows=100)
+    local = RunDir(str(tmp_path / "local"))
+    with s3.proxy(upstream, failures) as address:
+        for name, value in s3.environment(address).items():
+            monkeypatch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        for run in (RunDir(f"s3://{s3.BUCKET}/small"), local):
+            plan = make_plan(corpus, run)
+            store = GradientStore.create(
+                run, StoreShape(2, plan.n_rows, 16, 100), np.ones(16), {"fingerprint": "f"}
+            )
+            for partition in range(plan.n_partitions):
+                rows = plan.partition_range(partition)
+                assert len(read_partition(plan, partition, corpus)) == len(rows)
+                store.write(partition, some_gradients(len(rows), partition), "f", {})
+            assert sorted(store.done("f")) == list(range(plan.n_partitions))
+            GradientStore.open(run).read(0, plan.n_rows)
+        remote = RunDir(f"s3://{s3.BUCKET}/small")
+        for name in local.walk():
+            if name.startswith(("gradients", "done")):
+                assert remote.read_bytes(name) == local.read_bytes(name), name
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    assert set(failures.made) == set(s3.Failures.kinds), failures.made
+
+
+def some_gradients(n: int, seed: int) -> PartitionGradients:
+    """Random unit rows and what belongs beside them."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((2, n, 16))
+    grid = np.ones((2, n), np.float32)
+    return PartitionGradients(
+        features=(rows / np.linalg.norm(rows, axis=2, keepdims=True)).astype(np.float16),
+        scale=grid, loss=grid, norm=grid, alignment=grid,
+        label=np.zeros(n, np.int32), confidence=np.ones(n, np.float32), tokens=np.ones(n, np.int32), problems={},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_on_failing_storage_ends_with_the_bytes_of_a_local_run(
     upstream: str, here: str, tmp_path: Path
 ) -> None:
