@@ -90,13 +90,20 @@ class DeepSpeedStepper:
         if self._done < self.passes:
             self.engine.step()
 
-    def step(self, rate: float) -> None:
+    def step(self, rate: float) -> torch.Tensor | float:
         """See `Stepper`."""
         assert self._done == self.passes, "every worker makes the same number of passes in a step"
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
+        norm = self._whole_norm() if self.stage == 0 else None
         self.engine.step()
         self._done = 0
+        return self.engine.get_global_grad_norm() if norm is None else norm
+
+    def _whole_norm(self) -> torch.Tensor:
+        """Norm of the averaged gradient where every worker has the whole of it; DeepSpeed keeps none then."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """See `Stepper`."""
@@ -113,16 +120,21 @@ class DeepSpeedStepper:
         path, _ = self.engine.load_checkpoint(folder, tag=TAG, load_module_strict=False)
         assert path is not None, f"no checkpoint in {folder}"
 
-    def gathered(self) -> dict[str, torch.Tensor]:
-        """The whole model's weights on the CPU of rank 0, tied ones sharing memory; empty on other ranks.
+    def gathered(self, only: str = "") -> dict[str, torch.Tensor]:
+        """The model's weights on the CPU of rank 0, tied ones sharing memory; empty on other ranks.
 
         Every rank has to call it: ZeRO-3 gathers one weight at a time.
+
+        Args:
+            only: part of the names of those that are wanted.
         """
         import deepspeed
 
         state: dict[str, torch.Tensor] = {}
         copies: dict[int, torch.Tensor] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if only not in name:
+                continue
             pieces = [tensor] if hasattr(tensor, "ds_id") else []
             with deepspeed.zero.GatheredParameters(pieces, enabled=bool(pieces)):
                 if self.rank == 0:

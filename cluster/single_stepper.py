@@ -63,11 +63,14 @@ class SingleStepper(PlainStepper):
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-    def gathered(self) -> dict[str, torch.Tensor]:
-        """The model's weights on the CPU, tied ones sharing memory."""
+    def gathered(self, only: str = "") -> dict[str, torch.Tensor]:
+        """The model's weights on the CPU whose name has `only` in it, tied ones sharing memory."""
         copies: dict[int, torch.Tensor] = {}
-        state = self.model.state_dict(keep_vars=True)
-        return {name: copies.setdefault(id(tensor), tensor.detach().cpu()) for name, tensor in state.items()}
+        return {
+            name: copies.setdefault(id(tensor), tensor.detach().cpu())
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if only in name
+        }
 
     def close(self) -> None:
         """Give back the memory, so that another can follow in this process."""

@@ -23,11 +23,20 @@ from engine.errors import UserError
 from engine.rundir import fingerprint
 from engine.spec import LossScope, Retrain, Task
 from engine.storage import Folder
+from engine.train_log import TrainLog
 
 DONE = "training.json"
 """Metrics of a finished training, in the model's folder: with it the model is complete."""
 
-NO_BYTES = ("strategies", "seeds", "checkpoint_steps", "keep_checkpoints", "max_failures", "parallel")
+NO_BYTES = (
+    "strategies",
+    "seeds",
+    "checkpoint_steps",
+    "keep_checkpoints",
+    "max_failures",
+    "parallel",
+    "loggers",
+)
 """Fields of the section that change nothing in a model's bytes."""
 
 Progress = Callable[[dict[str, Any]], None]
@@ -38,9 +47,12 @@ class TrainJob:
     """One training: a base model and documents in, a model folder out.
 
     name: for progress and error messages. base: resolved local model folder. selection, validation: Parquet
-    files with the columns of `engine.training.load_examples`. target: folder of the new model; with several
+    files with the columns of `engine.examples.encode_documents`. target: folder of the new model; with several
     nodes it has to be on storage that all of them see. checkpoints: folder on any URI below which this
-    training keeps its checkpoints. base_hash: of the base model's weights, if it is known.
+    training keeps its checkpoints. base_hash, finetuned_hash: of the models' weights, if they are known.
+    chat: the documents are chats. finetuned: the fine-tuned model, for soft labels and for the chat template
+    that a base model may lack. logs: folder for the training's log, or None. trajectory: folder in which the
+    model of every checkpoint is kept as `step-<n>`, or None.
     """
 
     name: str
@@ -55,14 +67,26 @@ class TrainJob:
     validation: str | None = None
     trust_remote_code: bool = False
     base_hash: str | None = None
+    finetuned: str | None = None
+    finetuned_hash: str | None = None
+    chat: bool = False
+    logs: str | None = None
+    trajectory: str | None = None
+
+    @property
+    def judged_on(self) -> str | None:
+        """The validation documents, if this training is judged on any."""
+        return self.validation if self.retrain.judges else None
 
     def fingerprint(self) -> str:
         """sha256 (hex) of all that the model's bytes depend on; UserError when documents are missing."""
         fields = {
             "base": self.base_hash or self.base,
-            "documents": [_digest(file) for file in (self.selection, self.validation) if file],
+            "documents": [document_hash(file) for file in (self.selection, self.validation) if file],
             "task": self.task.model_dump(mode="json"),
             "scope": self.scope,
+            "chat": self.chat,
+            "finetuned": (self.finetuned_hash or self.finetuned) if self.retrain.labels == "soft" else None,
             "retrain": self.retrain.model_dump(mode="json", exclude=set(NO_BYTES)),
             "seed": self.seed,
         }
@@ -119,12 +143,15 @@ def lanes(jobs: list[TrainJob]) -> int:
 
 
 def worker_resources(retrain: Retrain) -> dict[str, float]:
-    """What Ray reserves for one worker: its GPUs and a CPU, or a CPU for each of its threads."""
+    """What Ray reserves for one worker: its GPUs and a CPU, or a CPU for each of its threads if they fit."""
     gpus = gpus_per_worker(retrain.gpus_per_worker)
     if gpus:
         return {"CPU": 1, "GPU": gpus}
-    widest = max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1)
-    return {"CPU": max(1, min(retrain.threads or 1, int(widest)))}
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    fits = max(max(nodes, default=1), 1)
+    if len(nodes) == 1:
+        fits = max(1, fits // retrain.workers)
+    return {"CPU": min(retrain.threads or 1, fits)}
 
 
 def _group(job: TrainJob) -> tuple[Any, ...]:
@@ -153,20 +180,84 @@ def _complete(job: TrainJob, print_: str) -> bool:
     return True
 
 
-def _digest(file: str) -> str:
+def document_hash(file: str) -> str:
+    """sha256 (hex) of a file of documents, read in pieces; UserError when it is not there."""
     parent, base = os.path.split(file)
+    folder = Folder(parent or ".")
     try:
-        return hashlib.sha256(Folder(parent or ".").read_bytes(base)).hexdigest()
+        with folder.fs.open(folder.path(base), "rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
     except FileNotFoundError:
         raise UserError(f"the training documents {file} do not exist.") from None
 
 
 def _run(jobs: list[TrainJob], prints: list[str], progress: Progress) -> None:
     """Run all lanes to their end."""
+    examples, failed = _encoded(jobs)
+    ready = [i for i in range(len(jobs)) if examples[i] is not None]
+    with _logged([jobs[i] for i in ready], progress) as logged:
+        errors = failed + _lanes([jobs[i] for i in ready], [prints[i] for i in ready], examples, logged)
+    if errors:
+        more = f" (and {len(errors) - 1} more failed)" if len(errors) > 1 else ""
+        raise UserError(errors[0] + more)
+    lost = [job.target for job, print_ in zip(jobs, prints, strict=True) if not _complete(job, print_)]
+    if lost:
+        raise UserError(f"the model in {lost[0]} cannot be seen from here: use storage that all nodes share.")
+
+
+Stored = tuple[str, str | None]
+"""Folders of a job's encoded documents: selection, validation."""
+
+
+def _encoded(jobs: list[TrainJob]) -> tuple[list[Stored | None], list[str]]:
+    """The jobs' encoded documents, None for a job whose documents or models are of no use; and why."""
+    from cluster.examples import stored_examples
+
+    found: list[Stored | None] = []
+    errors = []
+    for job in jobs:
+        try:
+            selection = stored_examples(job, job.selection, job.retrain.labels == "soft")
+            found.append((selection, job.judged_on and stored_examples(job, job.judged_on, False)))
+        except UserError as error:
+            found.append(None)
+            errors.append(f"{job.name}: {error}")
+    return found, errors
+
+
+@contextmanager
+def _logged(jobs: list[TrainJob], progress: Progress) -> Iterator[Progress]:
+    """`progress` that also keeps the logs of the jobs that have one."""
+    logs: dict[str, TrainLog] = {}
+    for job in jobs:
+        if job.logs is not None:
+            parameters = {**job.retrain.model_dump(mode="json"), "seed": job.seed, "base": job.base}
+            logs[job.name] = TrainLog(job.logs, job.name, list(job.retrain.loggers), parameters)
+
+    def both(event: dict[str, Any]) -> None:
+        lines = event.pop("log", [])
+        if event["job"] in logs:
+            logs[event["job"]].add(lines)
+        progress(event)
+
+    try:
+        yield both
+    finally:
+        for log in logs.values():
+            log.close()
+
+
+def _lanes(
+    jobs: list[TrainJob], prints: list[str], examples: list[Stored | None], progress: Progress
+) -> list[str]:
+    """Train the jobs; the users' errors of those that failed."""
+    if not jobs:
+        return []
     count = lanes(jobs)
     board = Board.remote(len(jobs))
     runs = Folder(f"{jobs[0].checkpoints}/.ray")
-    config = {"jobs": jobs, "fingerprints": prints, "board": board}
+    stored = [folders for folders in examples if folders is not None]
+    config = {"jobs": jobs, "fingerprints": prints, "examples": stored, "board": board}
     group = fingerprint(prints)[:16]
     with _delivered(board, progress):
         _together(
@@ -175,14 +266,9 @@ def _run(jobs: list[TrainJob], prints: list[str], progress: Progress) -> None:
                 for lane in range(count)
             ]
         )
-        errors = ray.get(board.errors.remote())
+        errors: list[str] = ray.get(board.errors.remote())
     runs.remove("")
-    if errors:
-        more = f" (and {len(errors) - 1} more failed)" if len(errors) > 1 else ""
-        raise UserError(errors[0] + more)
-    lost = [job.target for job, print_ in zip(jobs, prints, strict=True) if not _complete(job, print_)]
-    if lost:
-        raise UserError(f"the model in {lost[0]} cannot be seen from here: use storage that all nodes share.")
+    return errors
 
 
 def _together(calls: list[Callable[[], None]]) -> None:

@@ -13,19 +13,21 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import ray
 
-from cluster.train import DONE, TrainJob
+from cluster.train import DONE, Stored, TrainJob
 from engine.errors import UserError
 from engine.storage import Folder
 
 
 def worker(config: dict[str, Any]) -> None:
     """What every worker of a lane runs: jobs until the board has none."""
-    began = config["called"]
+    clock = {"called": config["called"], "workers": time.time()}
     device = _device(config["jobs"][0])
+    clock["imports"] = time.time()
     from cluster.agreement import from_first
 
     board, lane = config["board"], config["lane"]
@@ -38,11 +40,11 @@ def worker(config: dict[str, Any]) -> None:
         try:
             # done already when the workers were lost between the model's last byte and this line's end
             if not from_first(lambda job=job: Folder(job.target).exists(DONE)):
-                _train_one(job, print_, device, board, began)
+                _train_one(job, print_, config["examples"][number], device, board, clock)
         except UserError as mistake:  # every worker comes here: `agree` and `fit` raise on all or none
             error = f"{job.name}: {mistake}"
         from_first(lambda error=error: ray.get(board.finished.remote(lane, error)))
-        began = time.time()
+        clock = {"called": time.time()}
 
 
 def _device(job: TrainJob) -> Any:
@@ -61,32 +63,42 @@ def _device(job: TrainJob) -> Any:
     return torch.device("cpu")
 
 
-def _train_one(job: TrainJob, print_: str, device: Any, board: Any, began: float) -> None:
-    """Train one job in this worker, from its checkpoint if there is one, and publish the model."""
-    import pyarrow.parquet as pq  # noqa: F401  (loads the reader before the model takes the memory)
+def _train_one(
+    job: TrainJob, print_: str, stored: Stored, device: Any, board: Any, clock: dict[str, float]
+) -> None:
+    """Train one job in this worker, from its checkpoint if there is one, and publish the model.
+
+    Args:
+        stored: folders of the job's encoded documents.
+        clock: when the job was called for, and when each part of the start since then was over.
+    """
+    import torch
     from ray.train import get_context
 
     from cluster.agreement import agree
     from cluster.checkpoints import Checkpoints
+    from cluster.extension_locks import clear_dead_locks
     from engine import training
     from engine.encode import Encoder
+    from engine.examples import StoredExamples
     from engine.models import load_tokenizer
     from engine.recipe import passes_per_step
 
     context = get_context()
     world = context.get_world_size()
     with agree():
-        tokenizer = load_tokenizer(job.base, job.trust_remote_code)
+        tokenizer = load_tokenizer(job.base, job.trust_remote_code, job.finetuned)
         encoder = Encoder(tokenizer, job.task, job.scope)
-        examples = training.load_examples(_read(job.selection), encoder)
-        judged = job.retrain.early_stopping and job.validation is not None
-        validation = training.load_examples(_read(job.validation or ""), encoder) if judged else None
+        examples = StoredExamples(stored[0])
+        validation = StoredExamples(stored[1]) if stored[1] is not None else None
     checkpoints = Checkpoints(
         f"{job.checkpoints}/{job.name.replace('/', '-')}-{print_[:16]}",
         job.retrain.keep_checkpoints,
         context.get_local_rank(),
     )
-    record = checkpoints.last()
+    if job.retrain.needs_deepspeed and checkpoints.first_on_node:
+        clear_dead_locks()
+    record = checkpoints.last()  # every worker comes here before one can build anything
     passes = passes_per_step(len(examples), job.retrain, world)
     stepper = _stepper(
         job, training.label_rows(encoder), passes, device, bool(record) and record["workers"] != world
@@ -96,7 +108,8 @@ def _train_one(job: TrainJob, print_: str, device: Any, board: Any, began: float
         if record is not None:
             _load(checkpoints, record, stepper, world)
             position = training.Position(**record["position"])
-        startup, resumed_at = time.time() - began, position.step
+        clock["model"] = time.time()
+        resumed_at = position.step
 
         def report(event: dict[str, Any]) -> None:
             if stepper.rank == 0:
@@ -105,6 +118,8 @@ def _train_one(job: TrainJob, print_: str, device: Any, board: Any, began: float
         def checkpoint(position: Any) -> None:
             record = {"position": position.as_dict(), "workers": world}
             checkpoints.save(position.step, record, stepper.save)
+            if job.trajectory is not None:
+                _export(job, stepper, tokenizer, f"{job.trajectory}/step-{position.step:06d}", None)
 
         hooks = training.Hooks(
             keep=lambda _: _export(job, stepper, tokenizer, f"{job.target}.best", None),
@@ -121,13 +136,15 @@ def _train_one(job: TrainJob, print_: str, device: Any, board: Any, began: float
             "fingerprint": print_,
             "workers": world,
             "device": device.type,
+            "threads": torch.get_num_threads(),
             "zero_stage": stepper.stage,
             "deepspeed": stepper.config,
             "trained_parameters": stepper.trained_parameters,
-            "startup_seconds": startup,
+            "startup_seconds": clock["model"] - clock["called"],
+            "startup": {name: end - start for (_, start), (name, end) in pairwise(clock.items())},
             "resumed_at": resumed_at,
         }
-        if validation is None:
+        if validation is None or not job.retrain.early_stopping:
             _export(job, stepper, tokenizer, job.target, metrics)
         else:
             with agree():
@@ -137,6 +154,9 @@ def _train_one(job: TrainJob, print_: str, device: Any, board: Any, began: float
             checkpoints.discard()
     finally:
         stepper.close()
+        examples.close()
+        if validation is not None:
+            validation.close()
 
 
 def _stepper(
@@ -174,20 +194,12 @@ def _load(checkpoints: Any, record: dict[str, Any], stepper: Any, world: int) ->
             stepper.load(universal)
 
 
-def _read(file: str) -> Any:
-    parent, base = os.path.split(file)
-    try:
-        return Folder(parent or ".").read_table(base)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the training documents {file}: {str(error).splitlines()[0]}.") from None
-
-
 def _export(job: TrainJob, stepper: Any, tokenizer: Any, target: str, metrics: dict[str, Any] | None) -> None:
     """Write the model as a Hugging Face folder, whole or not at all; every worker has to call it."""
     from cluster.agreement import agree
     from engine import adapters, models
 
-    state = stepper.gathered()
+    state = stepper.gathered("lora_" if job.retrain.lora.rank else "")
     notes = {} if metrics is None else {DONE: json.dumps(metrics, indent=2, sort_keys=True)}
     with agree():
         if stepper.rank == 0:

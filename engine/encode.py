@@ -19,7 +19,8 @@ import torch
 
 from engine.chat import Turns, load_chat, render
 from engine.errors import UserError
-from engine.spec import LossScope, Task
+from engine.models import load_tokenizer
+from engine.spec import LossScope, RunSpec, Task
 
 IGNORE = -100
 """Target of a position that carries no loss (the convention of torch's cross_entropy)."""
@@ -264,6 +265,13 @@ class Encoder:
         return documents
 
 
+def spec_encoder(spec: RunSpec, base: str, finetuned: str) -> Encoder:
+    """The encoder of a run, on the base model's tokenizer; folders of both models, see `load_tokenizer`."""
+    template_of = finetuned if spec.corpus.messages is not None else None
+    tokenizer = load_tokenizer(base, spec.models.trust_remote_code, template_of)
+    return Encoder(tokenizer, spec.task, spec.loss_scope, spec.corpus.messages is not None)
+
+
 def label_token_ids(tokenizer: Any, labels: Sequence[str]) -> list[int]:
     """The sole token of ``" " + word`` for every label word.
 
@@ -372,6 +380,24 @@ def _next_tokens(ids: npt.NDArray[np.int32], start: int, scope: LossScope) -> np
     if first >= 1:
         targets[first - 1 : len(ids) - 1] = ids[first:]
     return targets
+
+
+def joined(parts: Sequence[Ragged]) -> Ragged:
+    """The documents of several, one after the other; all have weights and soft targets, or none has."""
+    lengths: npt.NDArray[np.int64] = np.concatenate([part.lengths for part in parts])
+    weights = [part.weights for part in parts if part.weights is not None]
+    softs = [part.soft for part in parts if part.soft is not None]
+    assert len(weights) in (0, len(parts)), "weights for some"
+    assert len(softs) in (0, len(parts)), "soft targets for some"
+    return Ragged(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.targets for part in parts]),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        np.concatenate(weights) if weights else None,
+        Soft(np.concatenate([s.tokens for s in softs]), np.concatenate([s.probs for s in softs]))
+        if softs
+        else None,
+    )
 
 
 def _ragged(documents: list[npt.NDArray[np.int32]], targets: list[npt.NDArray[np.int32]]) -> Ragged:

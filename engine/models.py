@@ -81,14 +81,23 @@ def torch_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if name == "auto" else names[name]
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
-    """The fast tokenizer of a model folder; UserError when there is none."""
+def load_tokenizer(path: str, trust_remote_code: bool = False, template_of: str | None = None) -> Any:
+    """The fast tokenizer of a model folder; UserError when there is none.
+
+    Args:
+        template_of: folder of a model whose chat template serves where `path` has none, as with a base model
+            whose fine-tuned version alone was made for chats.
+    """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"no usable tokenizer in {path}: {first_line(error)}.") from None
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {path} has no fast version (tokenizer.json); convert it first.")
+    if template_of is not None and not tokenizer.chat_template:
+        names = ("tokenizer_config.json", "chat_template.jinja")
+        if any(os.path.isfile(os.path.join(template_of, name)) for name in names):
+            tokenizer.chat_template = load_tokenizer(template_of, trust_remote_code).chat_template
     return tokenizer
 
 
@@ -153,12 +162,16 @@ def find_head(model: transformers.PreTrainedModel) -> Head:
     )
 
 
-def hidden_states(model: transformers.PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """States that enter the head, (docs, length, hidden), of right-padded documents.
+def hidden_states(
+    model: transformers.PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """States that enter the head, (rows, length, hidden), of right-padded documents, or of packed ones.
 
-    No attention mask is passed: attention is causal and padding lies after every real token.
+    No attention mask is passed: attention is causal and padding lies after every real token. Position ids,
+    (rows, length), that begin anew within a row keep the documents there apart.
     """
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    return model.base_model(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
 
 
 @torch.no_grad()

@@ -59,6 +59,9 @@ class Corpus(Section):
     id: str | None = Field(None, description="column with the document's id; default: a content hash")
     prompt: str | None = Field(None, description="column with a prompt that carries no loss")
     response: str | None = Field(None, description="column with the response that carries the loss")
+    messages: str | None = Field(
+        None, description="column with chats, lists of {role, content}; the assistant's turns carry the loss"
+    )
     partition_rows: int = Field(
         4096, ge=1, description="documents in a partition: the unit of work and resuming"
     )
@@ -72,6 +75,8 @@ class Corpus(Section):
             raise ValueError("give either corpus.paths or corpus.hub, not both and not neither")
         if (self.prompt is None) != (self.response is None):
             raise ValueError("corpus.prompt and corpus.response must be given together")
+        if self.messages is not None and self.prompt is not None:
+            raise ValueError("give either corpus.messages or corpus.prompt and corpus.response")
         return self
 
 
@@ -89,7 +94,7 @@ class Task(Section):
     loss_scope: LossScope | None = Field(
         None,
         description="tokens that carry loss; default: last_token (classification), response when the corpus "
-        "has prompt/response columns, else all_tokens",
+        "has prompt/response columns or messages, else all_tokens",
     )
 
     @model_validator(mode="after")
@@ -129,7 +134,11 @@ class Gradients(Section):
     dim: int = Field(4096, ge=8, description="projected size d (exact ignores it)")
     seed: int = Field(0, ge=0, description="seed of the projector")
     dtype: DType = Field("auto", description="type of the forward pass; auto: bfloat16")
-    tokens_per_batch: int = Field(4096, ge=1, description="padded tokens in one forward pass")
+    tokens_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="padded tokens in one forward pass; default: as many as memory takes, 4096 on a CPU",
+    )
 
     @field_validator("checkpoints")
     @classmethod
@@ -248,9 +257,27 @@ class Retrain(Section):
         False, description="the model's own dropout; off, any number of workers trains alike"
     )
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
-    early_stopping: bool = Field(False, description="keep the epoch with the best validation result")
+    labels: Literal["hard", "soft"] = Field(
+        "hard",
+        description="targets: the selection's tokens, or the fine-tuned model's distribution over them",
+    )
+    soft_top_k: int = Field(
+        32,
+        ge=1,
+        description="soft: likeliest tokens kept of a distribution over the vocabulary; the rest is one",
+    )
+    packing: bool = Field(
+        False, description="several documents in a row of a forward pass, apart; less padding, the same loss"
+    )
+    early_stopping: bool = Field(False, description="keep the weights with the best validation result")
     patience: int | None = Field(
-        None, ge=1, description="early stopping: stop after so many epochs without a better"
+        None, ge=1, description="early stopping: stop after so many judgements without a better"
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="judge on the validation documents every so many steps; default: every epoch"
+    )
+    loggers: list[Literal["tensorboard", "mlflow"]] = Field(
+        default_factory=list, description="further logs beside logs/<training>.jsonl (extras of these names)"
     )
     workers: int = Field(1, ge=1, description="workers of one training; with workers_max, the fewest")
     workers_max: int | None = Field(
@@ -314,6 +341,11 @@ class Retrain(Section):
         if self.lora.rank and self.lora.dropout and not self.dropout:
             raise ValueError("lora.dropout needs retrain.dropout, which switches every dropout on")
         return self
+
+    @property
+    def judges(self) -> bool:
+        """Whether validation documents are judged during a training."""
+        return self.early_stopping or self.eval_steps is not None
 
     @property
     def elastic(self) -> bool:
@@ -380,10 +412,14 @@ class RunSpec(Section):
 
     @model_validator(mode="after")
     def _across_sections(self) -> RunSpec:
-        if self.loss_scope == "response" and self.corpus.response is None:
-            raise ValueError("task.loss_scope=response needs corpus.prompt and corpus.response")
-        if self.task.kind == "classification" and self.corpus.prompt is not None:
-            raise ValueError("corpus.prompt and corpus.response are for language_modelling; use corpus.text")
+        answers = self.corpus.response or self.corpus.messages
+        if self.loss_scope == "response" and answers is None:
+            raise ValueError(
+                "task.loss_scope=response needs corpus.messages, or corpus.prompt and corpus.response"
+            )
+        if self.task.kind == "classification" and answers is not None:
+            name = "messages" if self.corpus.messages else "prompt and corpus.response"
+            raise ValueError(f"corpus.{name} are for language_modelling; use corpus.text")
         if self.task.kind == "language_modelling":
             wanted = {self.select.strategy, *self.retrain.strategies}
             balanced = sorted(s for s in wanted if s.endswith("_balanced"))
@@ -398,7 +434,7 @@ class RunSpec(Section):
             return self.task.loss_scope
         if self.task.kind == "classification":
             return "last_token"
-        return "response" if self.corpus.response is not None else "all_tokens"
+        return "response" if self.corpus.response or self.corpus.messages else "all_tokens"
 
     def to_yaml(self) -> str:
         """The resolved spec; `from_yaml` of it is equal to self."""

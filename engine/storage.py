@@ -17,6 +17,9 @@ import pyarrow.parquet as pq
 
 from engine.errors import UserError
 
+GROUP_ROWS = 4096
+"""Rows of a row group: what a reader of a part of a table has to take in."""
+
 
 class Folder:
     """A folder named by a path or an fsspec URI (``runs/x``, ``s3://bucket/x``)."""
@@ -136,7 +139,7 @@ class Folder:
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a Parquet file atomically; equal tables give equal bytes."""
         sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
+        pq.write_table(table, sink, compression="zstd", row_group_size=GROUP_ROWS)
         self.write_bytes(name, sink.getvalue())
 
     def walk(self, name: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Training theta_0 on documents: the examples, their loss, and the one training loop.
+"""Training theta_0 on documents: their loss, and the one training loop.
 
 The loop is written against `Stepper`, which says how a loss becomes a step: `PlainStepper` here is one
 process of plain torch, cluster/train.py has one of DeepSpeed over many workers. Both see the same documents
@@ -11,20 +11,21 @@ forward passes or documents the batch has.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 import transformers
 
-from engine.encode import IGNORE, PENDING, Batch, Encoder, Ragged, length_batches, pad
-from engine.errors import UserError
+from engine.encode import IGNORE, PENDING, Batch, Encoder, length_batches, pack, pad
+from engine.errors import UserError, first_line
+from engine.examples import Examples
 from engine.models import find_head, hidden_states, torch_dtype
 from engine.recipe import (
     epoch_order,
@@ -35,6 +36,7 @@ from engine.recipe import (
     require_dtype,
     worker_share,
 )
+from engine.soft import soft_cross_entropy
 from engine.spec import Retrain
 
 Progress = Callable[[dict[str, Any]], None]
@@ -44,56 +46,6 @@ FLUSH_STEPS = 10
 
 CURVE_POINTS = 200
 """Points of the loss curve that are kept in the metrics."""
-
-
-def load_examples(table: pa.Table, encoder: Encoder) -> Ragged:
-    """Documents of a selection as training examples, in the table's order.
-
-    Args:
-        table: columns text and, in classification, label (index into task.labels); with columns prompt and
-            response the response carries the loss (loss scope response). A column weight, none negative,
-            says how much each document counts.
-
-    Returns:
-        The documents that carry loss; those that yield no loss token (empty texts) are left out.
-
-    Raises:
-        UserError: a missing column, a label that task.labels does not have, or nothing left to train on.
-    """
-    columns = {"text"} | ({"label"} if encoder.label_ids else set())
-    columns = {"prompt", "response"} if "response" in table.column_names else columns
-    if missing := sorted(columns - set(table.column_names)):
-        raise UserError(
-            f"the training documents have no column {missing[0]}: they have {table.column_names}."
-        )
-    if "response" in columns:
-        examples = encoder.encode(table["response"].to_pylist(), table["prompt"].to_pylist())
-    else:
-        examples = encoder.encode(table["text"].to_pylist())
-    if encoder.label_ids:
-        labels = table["label"].to_numpy().astype(np.int64)
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(encoder.label_ids):
-            raise UserError(f"the training documents have labels outside 0..{len(encoder.label_ids) - 1}.")
-        examples = examples.with_labels(np.asarray(encoder.label_ids, np.int32)[labels])
-    examples = replace(examples, weights=_weights(table))
-    carries = np.zeros(len(examples.targets) + 1, np.int64)
-    np.cumsum(examples.targets != IGNORE, out=carries[1:])
-    kept = np.flatnonzero(np.diff(carries[examples.offsets]))
-    if not len(kept):
-        raise UserError(
-            "none of the training documents has a token that carries loss: there is nothing to train on."
-        )
-    return examples if len(kept) == len(examples) else _take(examples, kept)
-
-
-def _weights(table: pa.Table) -> npt.NDArray[np.float32] | None:
-    """The documents' weights; None without the column or where all are 1."""
-    if "weight" not in table.column_names:
-        return None
-    weights = table["weight"].to_numpy().astype(np.float32)
-    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-        raise UserError("the training documents' weights must be finite, none negative and not all 0.")
-    return None if (weights == 1).all() else weights
 
 
 def label_rows(encoder: Encoder) -> list[int] | None:
@@ -106,6 +58,7 @@ def document_losses(
 ) -> torch.Tensor:
     """Loss of each document: the mean over its loss tokens, (docs,) float32; 0 without loss tokens.
 
+    A token's loss is the cross entropy with its target, or with its soft target where the batch has those.
     Only states that carry loss go through the head. With `label_ids` the softmax is restricted to those rows.
     """
     losses, _ = document_scores(model, batch, label_ids)
@@ -120,33 +73,43 @@ def document_scores(
     The output layer is called as a module, not by its weight, so that ZeRO-3 can gather the weight for it.
     """
     carries = batch.targets != IGNORE
-    wanted = batch.targets[carries]
+    wanted, soft = batch.targets[carries], batch.soft_tokens
     assert PENDING not in wanted, "a label was never filled in"
-    states = hidden_states(model, batch.input_ids)[carries]
+    states = hidden_states(model, batch.input_ids, batch.position_ids)[carries]
     z = model.get_output_embeddings()(states)
     if label_ids is not None:
         rows = torch.tensor(label_ids, device=z.device)
         z, wanted = z[:, rows], (wanted[:, None] == rows).int().argmax(1)
+        soft = None if soft is None else (soft[:, :, None] == rows).int().argmax(2)
     logits = find_head(model).finish(z)
-    losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+    if soft is None:
+        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+    else:
+        assert batch.soft_probs is not None
+        losses = soft_cross_entropy(logits, soft, batch.soft_probs)
     right = (logits.detach().argmax(1) == wanted).float() if hits else None
 
     def mean(values: torch.Tensor) -> torch.Tensor:
-        # scattered into (docs, length) and summed there: deterministic on a GPU, as index_add is not
-        grid = torch.zeros(carries.shape, device=z.device).masked_scatter(carries, values)
-        return grid.sum(1) / carries.sum(1).clamp(min=1)
+        # scattered into (docs, tokens) and summed there: deterministic on a GPU, as index_add is not
+        places = torch.arange(int(batch.counts.max()), device=z.device) < batch.counts[:, None]
+        grid = torch.zeros(places.shape, device=z.device).masked_scatter(places, values)
+        return grid.sum(1) / batch.counts.clamp(min=1)
 
     return mean(losses), None if right is None else mean(right)
 
 
 @dataclass
 class Position:
-    """How far a training has come; JSON-able, so that a checkpoint can hold it."""
+    """How far a training has come; JSON-able, so that a checkpoint can hold it.
+
+    validation: step, epoch, loss and accuracy of each judgement; best: which of them is the best.
+    seconds: spent in steps, neither in judging nor in checkpoints.
+    """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int | None = None
+    best: int | None = None
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -160,6 +123,7 @@ class Stepper(Protocol):
     rank: int
     world: int
     device: torch.device
+    model: transformers.PreTrainedModel
 
     def scores(self, batch: Batch, hits: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`document_scores` of the model in training."""
@@ -167,8 +131,8 @@ class Stepper(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a scalar; over the workers, gradients are averaged."""
 
-    def step(self, rate: float) -> None:
-        """Clip, update with that learning rate, and forget the gradient."""
+    def step(self, rate: float) -> torch.Tensor | float:
+        """Clip, update with that learning rate, and forget the gradient; its norm before clipping."""
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the workers."""
@@ -178,8 +142,9 @@ class Stepper(Protocol):
 class Hooks:
     """What happens around the loop; every worker calls each at the same steps.
 
-    keep: the weights of this moment are the best so far. checkpoint: save all that resuming needs.
-    progress: step, steps, epoch, loss, documents, seconds, for whoever watches.
+    keep: the weights of this moment are the best so far (early stopping alone asks). checkpoint: save all that
+    resuming needs. progress: {step, steps, epoch, loss, documents, seconds}, for whoever watches, and `log`,
+    the lines of the training's log since the last call (`engine.train_log`).
     """
 
     keep: Callable[[Position], None] = lambda position: None
@@ -189,127 +154,254 @@ class Hooks:
 
 def fit(
     stepper: Stepper,
-    examples: Ragged,
+    examples: Examples,
     retrain: Retrain,
     seed: int,
     position: Position,
-    validation: Ragged | None = None,
+    validation: Examples | None = None,
     classify: bool = False,
     hooks: Hooks | None = None,
 ) -> None:
     """Train from `position` to the end, which `position` then describes.
 
     Args:
-        validation: judged after every epoch for early stopping; classify: by accuracy rather than loss.
+        validation: judged after every `retrain.eval_steps` steps, or every epoch, and after the last step;
+            classify: by accuracy rather than loss.
 
     Raises:
-        UserError: the loss is no longer finite.
+        UserError: the loss is no longer finite, or the model cannot be trained on packed documents.
     """
     hooks = hooks or Hooks()
-    n, size = len(examples), min(retrain.batch_size, len(examples))
-    per_epoch = -(-n // size)
-    total = per_epoch * retrain.epochs
-    every = per_epoch if retrain.checkpoint_steps is None else retrain.checkpoint_steps
-    passes = passes_per_step(n, retrain, stepper.world)
-    lengths = examples.lengths
-    recent: list[torch.Tensor] = []
-    began = time.perf_counter()
-    while position.step < total:
-        epoch, index = divmod(position.step, per_epoch)
-        members = epoch_order(n, seed, epoch)[index * size : (index + 1) * size]
+    plan = _Plan.of(examples, retrain, seed, stepper.world)
+    if retrain.packing:
+        _check_packing(stepper, plan)
+    every = plan.per_epoch if retrain.checkpoint_steps is None else retrain.checkpoint_steps
+    judging = retrain.eval_steps or plan.per_epoch
+    window = _Window(plan)
+    while position.step < plan.total:
         if retrain.dropout:
             torch.manual_seed((seed * 1_000_003 + position.step) * 1_009 + stepper.rank)
-        shares = worker_share(lengths, members, stepper.rank, stepper.world, passes)
-        recent.append(_step(stepper, examples, shares, learning_rate(position.step, total, retrain)))
+        window.add(*_step(stepper, plan, position.step))
         position.step += 1
-        ended = position.step % per_epoch == 0
-        due = every > 0 and position.step % every == 0 and position.step < total
-        if ended or due or len(recent) == FLUSH_STEPS:
-            now = time.perf_counter()
-            position.seconds, began = position.seconds + now - began, now
-            _flush(stepper, recent, position)
-            hooks.progress(_event(position, total, per_epoch, n, size))
-        if ended and validation is not None and _judge(stepper, validation, position, classify, passes[1]):
-            hooks.keep(position)
-        if ended and _patience_over(position, retrain):
-            break
+        last = position.step == plan.total
+        ended = position.step % plan.per_epoch == 0
+        due = every > 0 and position.step % every == 0 and not last
+        judged = validation is not None and (position.step % judging == 0 or last)
+        if ended or due or judged or len(window) == FLUSH_STEPS:
+            hooks.progress(window.flush(stepper, position))
+        if judged and validation is not None:
+            better = _judge(stepper, validation, position, plan, classify)
+            hooks.progress(plan.event(position, [_validation_line(position)]))
+            if retrain.early_stopping and better:
+                hooks.keep(position)
+            if _patience_over(position, retrain):
+                break
         if due:
             hooks.checkpoint(position)
-            began = time.perf_counter()
+        if judged or due:
+            window.restart()
 
 
-def _step(
-    stepper: Stepper, examples: Ragged, shares: Iterator[tuple[npt.NDArray[np.int64], float]], rate: float
-) -> torch.Tensor:
-    """One step over this worker's share; its part of the global batch's mean loss, a scalar."""
+@dataclass(frozen=True)
+class _Plan:
+    """What follows from the documents and the recipe: which documents make a step, in which passes.
+
+    per_epoch, total: steps; passes: of each worker in a step, and documents in one; width: tokens of the
+    longest document, and so of a row of packed ones.
+    """
+
+    examples: Examples
+    retrain: Retrain
+    seed: int
+    per_epoch: int
+    total: int
+    passes: tuple[int, int]
+    width: int
+
+    @classmethod
+    def of(cls, examples: Examples, retrain: Retrain, seed: int, world: int) -> _Plan:
+        n = len(examples)
+        per_epoch = -(-n // min(retrain.batch_size, n))
+        passes = passes_per_step(n, retrain, world)
+        width = int(examples.lengths.max())
+        return cls(examples, retrain, seed, per_epoch, per_epoch * retrain.epochs, passes, width)
+
+    def members(self, step: int) -> npt.NDArray[np.int64]:
+        """Documents of a step, over all workers."""
+        epoch, index = divmod(step, self.per_epoch)
+        size = min(self.retrain.batch_size, len(self.examples))
+        return _order(len(self.examples), self.seed, epoch)[index * size : (index + 1) * size]
+
+    def batch(self, members: npt.NDArray[np.int64]) -> Batch:
+        """The documents as one forward pass."""
+        part = self.examples.take(members)
+        everyone = np.arange(len(part))
+        return pack(part, everyone, self.width) if self.retrain.packing else pad(part, everyone)
+
+    def event(self, position: Position, log: list[dict[str, Any]]) -> dict[str, Any]:
+        """What is told to whoever watches."""
+        epochs, steps = divmod(position.step, self.per_epoch)
+        size = min(self.retrain.batch_size, len(self.examples))
+        return {
+            "step": position.step,
+            "steps": self.total,
+            "epoch": position.step / self.per_epoch,
+            "loss": position.losses[-1],
+            "documents": epochs * len(self.examples) + steps * size,
+            "seconds": position.seconds,
+            "log": log,
+        }
+
+
+_order = functools.lru_cache(maxsize=2)(epoch_order)
+"""Steps of one epoch ask again and again."""
+
+
+class _Window:
+    """The steps since the last look at their losses: looking makes the workers wait for each other."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self._plan = plan
+        self._losses: list[torch.Tensor] = []
+        self._norms: list[torch.Tensor | float] = []
+        self.restart()
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    def restart(self) -> None:
+        """Time from now on: what was between is not training."""
+        self._began = time.perf_counter()
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor | float) -> None:
+        """Take in a step: this worker's part of the loss, the gradient's norm."""
+        self._losses.append(loss)
+        self._norms.append(norm)
+
+    def flush(self, stepper: Stepper, position: Position) -> dict[str, Any]:
+        """Move the losses, summed over the workers, into the position; the event that tells of these steps."""
+        plan, count = self._plan, len(self)
+        losses = stepper.total(torch.stack(self._losses)).tolist()
+        norms = [float(norm) for norm in self._norms]
+        self._losses.clear()
+        self._norms.clear()
+        position.losses.extend(losses)
+        if not all(map(math.isfinite, losses)):
+            raise UserError(
+                f"training diverged: no finite loss at step {position.step}; lower retrain.learning_rate."
+            )
+        seconds = time.perf_counter() - self._began
+        self.restart()
+        position.seconds += seconds
+        steps = range(position.step - count, position.step)
+        members = [plan.members(step) for step in steps]
+        tokens = sum(int(plan.examples.lengths[part].sum()) for part in members)
+        speed = {
+            "documents_per_second": sum(map(len, members)) / max(seconds, 1e-9),
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "seconds": position.seconds,
+        }
+        log = [
+            {
+                "step": step + 1,
+                "epoch": (step + 1) / plan.per_epoch,
+                "loss": loss,
+                "learning_rate": learning_rate(step, plan.total, plan.retrain),
+                "grad_norm": norm,
+                **speed,
+            }
+            for step, loss, norm in zip(steps, losses, norms, strict=True)
+        ]
+        return plan.event(position, log)
+
+
+def _step(stepper: Stepper, plan: _Plan, step: int) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """One step over this worker's share: its part of the global batch's loss, a scalar; the gradient's norm."""
     loss = torch.zeros((), device=stepper.device)
+    shares = worker_share(plan.examples.lengths, plan.members(step), stepper.rank, stepper.world, plan.passes)
     for members, weight in shares:
-        losses, _ = stepper.scores(pad(examples, members).to(stepper.device))
-        if examples.weights is not None:
-            losses = losses * torch.from_numpy(examples.weights[members]).to(losses)
+        batch = plan.batch(members).to(stepper.device)
+        losses, _ = stepper.scores(batch)
+        losses = losses * batch.weights
         # gradients are averaged over workers, the documents of a step are to be summed: hence * world
         stepper.backward(losses.sum() * (weight * stepper.world))
         loss = loss + losses.detach().sum() * weight
-    stepper.step(rate)
-    return loss
-
-
-def _flush(stepper: Stepper, recent: list[torch.Tensor], position: Position) -> None:
-    """Move the losses of recent steps, summed over workers, into the position."""
-    losses = stepper.total(torch.stack(recent)).tolist()
-    recent.clear()
-    position.losses.extend(losses)
-    if not all(map(math.isfinite, losses)):
-        raise UserError(
-            f"training diverged: no finite loss at step {position.step}; lower retrain.learning_rate."
-        )
-
-
-def _event(position: Position, total: int, per_epoch: int, n: int, size: int) -> dict[str, Any]:
-    epochs, steps = divmod(position.step, per_epoch)
-    return {
-        "step": position.step,
-        "steps": total,
-        "epoch": position.step / per_epoch,
-        "loss": position.losses[-1],
-        "documents": epochs * n + steps * size,
-        "seconds": position.seconds,
-    }
+    return loss, stepper.step(learning_rate(step, plan.total, plan.retrain))
 
 
 @torch.no_grad()
-def _judge(stepper: Stepper, validation: Ragged, position: Position, classify: bool, micro: int) -> bool:
-    """Judge the model on the validation documents; whether this epoch is the best so far."""
-    world, budget = stepper.world, micro * int(validation.lengths.max())
+def _check_packing(stepper: Stepper, plan: _Plan) -> None:
+    """Refuse a model in which packed documents see each other: two losses beside different neighbours differ.
+
+    Every worker calls it; where documents are kept apart the two losses are equal to the last bit.
+    """
+    order = np.argsort(-plan.examples.lengths, kind="stable")
+    pair = plan.examples.take(order[[0, -1]])
+    probes = [pair, replace(pair, tokens=pair.tokens.copy())]
+    start, stop = pair.offsets[:2]
+    probes[1].tokens[start:stop] = pair.tokens[start:stop][::-1]
+    seen = []
+    for probe in probes:
+        torch.manual_seed(0)  # equal dropout, if any
+        try:
+            batch = pack(probe, np.arange(2), 2 * plan.width).to(stepper.device)
+            seen.append(stepper.scores(batch)[0][1].item())
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"retrain.packing: {type(stepper.model).__name__} takes no position ids "
+                f"({first_line(error)}): leave packing off."
+            ) from None
+    if seen[0] != seen[1]:
+        raise UserError(
+            f"retrain.packing: in {type(stepper.model).__name__} packed documents see each other: leave packing off."
+        )
+
+
+@torch.no_grad()
+def _judge(stepper: Stepper, validation: Examples, position: Position, plan: _Plan, classify: bool) -> bool:
+    """Judge the model on the validation documents; whether it is the best so far."""
+    world, budget = stepper.world, plan.passes[1] * int(validation.lengths.max())
     sums = torch.zeros(2, dtype=torch.float64, device=stepper.device)
+    stepper.model.eval()
     for group in length_batches(validation.lengths, budget * world):
         mine = group[stepper.rank :: world]
         weight = 1.0 / len(validation) if len(mine) else 0.0
-        losses, hits = stepper.scores(
-            pad(validation, mine if len(mine) else group[:1]).to(stepper.device), True
-        )
+        part = validation.take(mine if len(mine) else group[:1])
+        losses, hits = stepper.scores(pad(part, np.arange(len(part))).to(stepper.device), True)
         assert hits is not None
         sums += torch.stack([losses.double().sum(), hits.double().sum()]) * weight
+    stepper.model.train()
     loss, accuracy = stepper.total(sums).tolist()
-    position.validation.append({"loss": loss, "accuracy": accuracy})
+    epoch = position.step / plan.per_epoch
+    position.validation.append({"step": position.step, "epoch": epoch, "loss": loss, "accuracy": accuracy})
 
     def merit(result: dict[str, float]) -> tuple[float, float]:
         return (result["accuracy"] if classify else 0.0, -result["loss"])
 
-    best = position.best_epoch
+    best = position.best
     if best is not None and merit(position.validation[best]) >= merit(position.validation[-1]):
         return False
-    position.best_epoch = len(position.validation) - 1
+    position.best = len(position.validation) - 1
     return True
 
 
+def _validation_line(position: Position) -> dict[str, Any]:
+    last = position.validation[-1]
+    return {
+        "step": last["step"],
+        "epoch": last["epoch"],
+        "validation_loss": last["loss"],
+        "validation_accuracy": last["accuracy"],
+    }
+
+
 def _patience_over(position: Position, retrain: Retrain) -> bool:
-    if retrain.patience is None or position.best_epoch is None:
+    if retrain.patience is None or position.best is None:
         return False
-    return len(position.validation) - 1 - position.best_epoch >= retrain.patience
+    return len(position.validation) - 1 - position.best >= retrain.patience
 
 
-def metrics(position: Position, examples: Ragged, retrain: Retrain) -> dict[str, Any]:
+def metrics(position: Position, examples: Examples, retrain: Retrain) -> dict[str, Any]:
     """JSON-able summary of a finished training; curve: [step, loss] pairs, thinned to CURVE_POINTS."""
     n, size = len(examples), min(retrain.batch_size, len(examples))
     per_epoch = -(-n // size)
@@ -322,7 +414,7 @@ def metrics(position: Position, examples: Ragged, retrain: Retrain) -> dict[str,
         "final_loss": sum(last) / len(last),
         "curve": [[step, loss] for step, loss in enumerate(position.losses, 1)][::every],
         "validation": position.validation,
-        "best_epoch": position.best_epoch,
+        "best": position.best,
         "seconds": position.seconds,
         "examples_per_second": position.step / per_epoch * n / max(position.seconds, 1e-9),
         "dtype": str(torch_dtype(retrain.dtype)).removeprefix("torch."),
@@ -358,10 +450,9 @@ class PlainStepper:
                 weight.grad = None
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
+    def step(self, rate: float) -> torch.Tensor:
         """See `Stepper`."""
-        if self.retrain.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.masters, self.retrain.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.retrain.max_grad_norm or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -369,6 +460,7 @@ class PlainStepper:
         for weight, master in zip(self.trained, self.masters, strict=True):
             if master is not weight:
                 weight.copy_(master)
+        return norm
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """See `Stepper`."""
@@ -377,11 +469,11 @@ class PlainStepper:
 
 def train_plain(
     model: transformers.PreTrainedModel,
-    examples: Ragged,
+    examples: Examples,
     retrain: Retrain,
     seed: int,
     label_ids: list[int] | None = None,
-    validation: Ragged | None = None,
+    validation: Examples | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train a model in place, in this process; the reference that every other way has to follow.
@@ -389,10 +481,10 @@ def train_plain(
     Args:
         model: weights of type `torch_dtype(retrain.dtype)`.
         label_ids: rows of a restricted softmax, as `label_rows` gives them.
-        validation: documents for early stopping (used when retrain.early_stopping).
+        validation: documents to judge by (used with retrain.early_stopping or retrain.eval_steps).
 
     Returns:
-        `metrics`. With early stopping the model is that of the best epoch.
+        `metrics`. With early stopping the model is the one that was judged best.
     """
     require_dtype(retrain, model.device.type)
     stepper = PlainStepper(prepare(model, retrain, seed), retrain, label_ids)
@@ -402,7 +494,7 @@ def train_plain(
         best[:] = [weight.detach().clone() for weight in stepper.trained]
 
     position = Position()
-    judged = validation if retrain.early_stopping else None
+    judged = validation if retrain.judges else None
     hooks = Hooks(keep=keep, progress=progress or (lambda event: None))
     fit(stepper, examples, retrain, seed, position, judged, label_ids is not None, hooks)
     with torch.no_grad():
@@ -410,12 +502,3 @@ def train_plain(
             weight.copy_(kept)
     model.eval()
     return metrics(position, examples, retrain)
-
-
-def _take(examples: Ragged, members: npt.NDArray[np.int64]) -> Ragged:
-    """The given documents alone."""
-    spans = [slice(examples.offsets[i], examples.offsets[i + 1]) for i in members]
-    offsets = np.concatenate([[0], np.cumsum(examples.lengths[members])])
-    tokens = np.concatenate([examples.tokens[span] for span in spans])
-    weights = None if examples.weights is None else examples.weights[members]
-    return Ragged(tokens, np.concatenate([examples.targets[span] for span in spans]), offsets, weights)

@@ -13,10 +13,10 @@ from typing import Any
 import transformers
 
 from engine.checkpoints import Endpoints
-from engine.encode import Encoder
+from engine.encode import Encoder, spec_encoder
 from engine.errors import UserError
 from engine.lock import RunLock
-from engine.models import load_tokenizer, resolve
+from engine.models import resolve
 from engine.rundir import ENDPOINTS, RunDir, fingerprint
 from engine.spec import RunSpec
 from jobs.progress import Progress
@@ -95,8 +95,7 @@ class Job:
     @functools.cached_property
     def encoder(self) -> Encoder:
         """The run's encoder, on the base model's tokenizer."""
-        tokenizer = load_tokenizer(self.endpoints.base, self.spec.models.trust_remote_code)
-        return Encoder(tokenizer, self.spec.task, self.spec.loss_scope)
+        return spec_encoder(self.spec, self.endpoints.base, self.endpoints.finetuned)
 
     def section(self, name: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
         """A section of the spec as flat fingerprint fields, `section.field` -> value."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
+import os
 from typing import Any
 
 import cluster.train
 from cluster.deepspeed_config import deepspeed_config
+from cluster.examples import document_count
 from cluster.session import session
-from cluster.train import NO_BYTES, TrainJob
+from cluster.train import NO_BYTES, TrainJob, document_hash
 from engine.errors import UserError
-from engine.rundir import MODELS, TRAIN
-from engine.spec import Strategy
+from engine.rundir import LOGS, MODELS, TRAIN
+from engine.spec import Retrain, Strategy
 from engine.storage import Folder
 from jobs.job import Job
 from jobs.select import select_for
@@ -24,18 +26,35 @@ CODE = 2
 def check(job: Job) -> None:
     """Find mistakes in the section before hours of work; UserError names the field."""
     deepspeed_config(job.spec.retrain, (1, 1), "float32")
+    if job.spec.retrain.lora.rank and importlib.util.find_spec("peft") is None:
+        raise UserError("retrain.lora needs PEFT: pip install 'unbake[adapters]'.")
+    _check_room(job)
     settings = job.spec.evaluate
-    if job.spec.retrain.early_stopping and not (settings.test and settings.validation_share):
-        raise UserError("retrain.early_stopping needs evaluate.test and a validation_share above 0.")
+    if job.spec.retrain.judges and not (settings.test and settings.validation_share):
+        name = "early_stopping" if job.spec.retrain.early_stopping else "eval_steps"
+        raise UserError(f"retrain.{name} needs evaluate.test and a validation_share above 0.")
+
+
+def _check_room(job: Job) -> None:
+    """Refuse workers that a private local Ray would wait for in vain; a cluster may still grow."""
+    settings, ray = job.spec.retrain, job.spec.ray
+    if ray.address or os.environ.get("RAY_ADDRESS"):
+        return
+    cpus = ray.num_cpus or os.cpu_count() or 1
+    if settings.workers > cpus:
+        raise UserError(
+            f"retrain.workers is {settings.workers}, and this machine has {cpus} CPUs, of which each worker "
+            "takes one at least: lower it, or give ray.address."
+        )
 
 
 def retrain(job: Job) -> dict[str, Any]:
-    """Train all that is missing, one after the other in one group of workers; metrics of each by name."""
+    """Train all that is missing, as many at a time as the cluster holds; metrics of each by name."""
     check(job)
     job.run.stage_fingerprint("extract")  # refused now rather than after Ray's start
     todo: list[tuple[str, dict[str, Any], TrainJob]] = []
     results: dict[str, Any] = {}
-    validation = write_validation(job) if job.spec.retrain.early_stopping else None
+    validation = write_validation(job) if job.spec.retrain.judges else None
     with session(job.spec.ray, job.verbose):
         for seed in job.spec.retrain.seeds:
             for strategy in job.spec.retrain.strategies:
@@ -62,43 +81,64 @@ def _stage(strategy: Strategy, seed: int) -> str:
     return f"retrain-{strategy}-{seed}"
 
 
+def train_job(
+    job: Job,
+    name: str,
+    selection: str,
+    validation: str | None,
+    target: str,
+    folder: str,
+    retrain: Retrain,
+    seed: int,
+) -> TrainJob:
+    """A training of the job's base model on a selection; checkpoints and logs lie below `folder`."""
+    return TrainJob(
+        name=name,
+        base=job.endpoints.base,
+        selection=selection,
+        validation=validation,
+        target=target,
+        checkpoints=f"{folder}/{TRAIN}",
+        task=job.spec.task,
+        scope=job.spec.loss_scope,
+        retrain=retrain,
+        seed=seed,
+        trust_remote_code=job.spec.models.trust_remote_code,
+        base_hash=job.model_hashes["base"],
+        finetuned=job.endpoints.finetuned,
+        finetuned_hash=job.model_hashes["finetuned"],
+        chat=job.spec.corpus.messages is not None,
+        logs=f"{folder}/{LOGS}",
+    )
+
+
 def _prepare(
     job: Job, strategy: Strategy, seed: int, validation: str | None
 ) -> tuple[str, dict[str, Any], TrainJob]:
     selection = select_for(job, strategy, seed)
     name = f"{strategy}-{seed}"
-    work = TrainJob(
-        name=name,
-        base=job.endpoints.base,
+    work = train_job(
+        job,
+        name,
         selection=f"{job.run.uri}/{selection}",
         validation=validation and f"{job.run.uri}/{validation}",
         target=f"{job.run.uri}/{job.run.model_name(strategy, seed)}",
-        checkpoints=f"{job.run.uri}/{TRAIN}",
-        task=job.spec.task,
-        scope=job.spec.loss_scope,
+        folder=job.run.uri,
         retrain=job.spec.retrain,
         seed=seed,
-        trust_remote_code=job.spec.models.trust_remote_code,
-        base_hash=job.model_hashes["base"],
     )
     inputs = {
         "models.base": job.model_hashes["base"],
-        "selection": _digest(job, selection),
-        "validation": validation and _digest(job, validation),
+        "selection": document_hash(work.selection),
+        "validation": work.judged_on and document_hash(work.judged_on),
         **job.section("task"),
         **job.section("retrain", without=NO_BYTES),
         "seed": seed,
         "code": CODE,
     }
+    if job.spec.retrain.labels == "soft":
+        inputs["models.finetuned"] = job.model_hashes["finetuned"]
     return _stage(strategy, seed), inputs, work
-
-
-def _name(job: Job, work: TrainJob) -> str:
-    return work.selection.removeprefix(f"{job.run.uri}/")
-
-
-def _digest(job: Job, name: str) -> str:
-    return hashlib.sha256(job.run.read_bytes(name)).hexdigest()
 
 
 def _train(job: Job, todo: list[tuple[str, dict[str, Any], TrainJob]]) -> dict[str, Any]:
@@ -107,10 +147,7 @@ def _train(job: Job, todo: list[tuple[str, dict[str, Any], TrainJob]]) -> dict[s
         job.run.begin(stage, inputs)
     job.run.save_spec(job.spec)
     seen: dict[str, int] = {}
-    each = {
-        work.name: job.spec.retrain.epochs * job.run.read_table(_name(job, work), ["text"]).num_rows
-        for _, _, work in todo
-    }
+    each = {work.name: job.spec.retrain.epochs * document_count(work.selection) for _, _, work in todo}
     with job.progress.stage("retrain", sum(each.values()), "documents") as progress:
 
         def step(event: dict[str, Any]) -> None:

@@ -18,9 +18,9 @@ VALIDATION = "validation.parquet"
 def load_test(job: Job) -> TestSet:
     """The test set, cut to `evaluate.max_documents`, labels as indices."""
     settings, corpus = job.spec.evaluate, job.spec.corpus
-    text = settings.text or corpus.response or corpus.text
+    text = settings.text or corpus.response or corpus.messages or corpus.text
     label = settings.label if job.spec.task.kind == "classification" else None
-    texts, labels = read_labelled(settings.test, text, label)
+    texts, labels = read_labelled(settings.test, text, label, chat=corpus.messages is not None)
     prompts = None
     if corpus.prompt is not None:
         prompts = read_labelled(settings.test, corpus.prompt, None)[0]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine import spec
+from engine.chat import cut_chat, dump_chat
 from engine.corpus.formats import Record, missing_column
 from engine.corpus.sources import Source
 from engine.errors import UserError
@@ -90,7 +91,10 @@ class Picker:
     """Picks the mapped columns out of records; says when no record of the corpus has one of them."""
 
     def __init__(self, corpus: spec.Corpus) -> None:
-        self.texts = [corpus.text] if corpus.prompt is None else [corpus.prompt, str(corpus.response)]
+        self.texts = [corpus.messages or corpus.text]
+        if corpus.prompt is not None:
+            self.texts = [corpus.prompt, str(corpus.response)]
+        self._chat = corpus.messages
         self._id = corpus.id
         self._limit = corpus.max_chars + 1  # one more than is kept, so that the reader sees the cut
         self.names = list(dict.fromkeys([*self.texts, *([corpus.id] if corpus.id else [])]))
@@ -112,7 +116,8 @@ class Picker:
                 continue
             self._present.add(name)
             if name in self.texts:
-                values[name], wrong = _text(record.fields[name], name, self._limit)
+                make = _chat if name == self._chat else _text
+                values[name], wrong = make(record.fields[name], name, self._limit)
                 problem = problem or (wrong and f"{where}{wrong}")
             else:
                 values[name] = id_text(record.fields[name])
@@ -139,6 +144,12 @@ def _text(value: object, name: str, limit: int) -> tuple[str | None, str | None]
     except UnicodeEncodeError as error:
         return None, f"{name} cannot be encoded as UTF-8 (character {error.start})"
     return value[:limit], None
+
+
+def _chat(value: object, name: str, limit: int) -> tuple[str | None, str | None]:
+    """As `_text`, of a list of messages."""
+    text, problem = (None, None) if value is None else dump_chat(value, name)
+    return text and cut_chat(text, limit), problem
 
 
 def id_text(value: object) -> str | None:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine import spec
+from engine.chat import cut_chat, dump_chat
 from engine.corpus.convert import id_text
 from engine.corpus.parquet import read_cells
 from engine.corpus.plan import Columns, Plan
@@ -21,8 +22,8 @@ class Documents:
 
     text: the document, cut to max_chars; "" for a quarantined one. ids: labels, by default the first 16
     hex digits of the text's sha256; rows are what identifies a document. prompts, responses: when mapped,
-    and text is then prompt + response. problems: position -> reason, for the quarantined ones. truncated:
-    how many were cut.
+    and text is then prompt + response. With messages mapped text is `engine.chat`'s canonical text.
+    problems: position -> reason, for the quarantined ones. truncated: how many were cut.
     """
 
     text: list[str]
@@ -56,8 +57,7 @@ def read_rows(plan: Plan, rows: npt.NDArray[np.int64], corpus: spec.Corpus) -> D
     """
     assert len(rows) == 0 or (rows.min() >= 0 and rows.max() < plan.n_rows), "rows outside the plan"
     columns = plan.columns
-    texts = [columns.text] if columns.prompt is None else [columns.prompt, columns.response]
-    names = [name for name in dict.fromkeys([*texts, columns.id]) if name is not None]
+    names = [name for name in dict.fromkeys([*columns.read, columns.id]) if name is not None]
     order = np.argsort(rows, kind="stable")
     ascending = rows[order]
     found: list[_Document] = []
@@ -94,6 +94,8 @@ class _Document:
 
 
 def _judge(row: dict[str, object], problem: str | None, columns: Columns, max_chars: int) -> _Document:
+    if columns.messages is not None:
+        return _judge_chat(row, problem, columns.messages, columns.id, max_chars)
     main = columns.text if columns.prompt is None else columns.response
     assert main is not None
     prompt = "" if columns.prompt is None else row[columns.prompt]
@@ -103,18 +105,35 @@ def _judge(row: dict[str, object], problem: str | None, columns: Columns, max_ch
         if problem is None and isinstance(prompt, str) and len(prompt) >= max_chars:
             problem = f"{columns.prompt} alone is as long as max_chars ({max_chars})"
     problem = problem or _problem(response, main) or (None if str(response).strip() else f"{main} is empty")
-    own = None if columns.id is None else row[columns.id]
-    own = own.decode("utf-8", "backslashreplace") if isinstance(own, bytes) else own
+    own = _own_id(row, columns.id)
     if problem is not None:
         parts = [part for part in (prompt, response) if isinstance(part, str | bytes)]
         raw = b"".join(part.encode() if isinstance(part, str) else part for part in parts)
-        return _Document(id_text(own) or _digest(raw), "", "", problem, False)
+        return _Document(own or _digest(raw), "", "", problem, False)
     assert isinstance(prompt, str)
     assert isinstance(response, str)
     kept = response[: max_chars - len(prompt)]
-    return _Document(
-        id_text(own) or _digest((prompt + kept).encode()), prompt, kept, None, len(kept) < len(response)
-    )
+    return _Document(own or _digest((prompt + kept).encode()), prompt, kept, None, len(kept) < len(response))
+
+
+def _judge_chat(
+    row: dict[str, object], problem: str | None, name: str, id_column: str | None, max_chars: int
+) -> _Document:
+    """A row of messages; the canonical text counts as the response."""
+    value, own = row[name], _own_id(row, id_column)
+    text, wrong = None, _problem(value, name)
+    if wrong is None:
+        text, wrong = dump_chat(value, name)
+    problem = problem or wrong
+    if problem is not None or text is None:
+        return _Document(own or _digest(repr(value).encode("utf-8", "replace")), "", "", problem, False)
+    kept = cut_chat(text, max_chars)
+    return _Document(own or _digest(kept.encode()), "", kept, None, kept != text)
+
+
+def _own_id(row: dict[str, object], column: str | None) -> str | None:
+    own = None if column is None else row[column]
+    return id_text(own.decode("utf-8", "backslashreplace") if isinstance(own, bytes) else own)
 
 
 def _problem(value: object, name: str) -> str | None:

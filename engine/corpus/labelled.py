@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from engine.chat import dump_chat
 from engine.corpus.formats import file_records, missing_column
 from engine.corpus.parquet import check_columns, read_cells, read_footer
 from engine.corpus.sources import Source, list_sources
@@ -18,9 +19,11 @@ def read_labelled(
     text: str,
     label: str | None,
     format: Literal["auto", "parquet", "jsonl", "csv", "txt"] = "auto",
+    chat: bool = False,
 ) -> tuple[list[str], list[object] | None]:
     """Texts, and labels as the files have them (int, str, ...; csv: str) when `label` names a column.
 
+    With `chat` the text column holds lists of messages, and the texts are `engine.chat`'s canonical ones.
     Unlike a corpus, a test set must be sound: a bad row is an error.
 
     Raises:
@@ -32,7 +35,11 @@ def read_labelled(
     for source in list_sources(paths, format, "evaluate.test"):
         if source.size == 0:
             continue
-        for where, value, answer in _rows(source, text, label):
+        for where, value, answer in _rows(source, text, label, chat):
+            if chat:
+                value, problem = dump_chat(value, text)
+                if problem is not None:
+                    raise UserError(f"{where}: {problem}: mend or remove it.")
             if not isinstance(value, str) or not value.strip():
                 raise UserError(f"{where} has no text in {text!r}: mend or remove it.")
             if not _encodable(value):
@@ -44,11 +51,11 @@ def read_labelled(
     return texts, labels if label is not None else None
 
 
-def _rows(source: Source, text: str, label: str | None) -> Iterator[tuple[str, object, object]]:
+def _rows(source: Source, text: str, label: str | None, chat: bool) -> Iterator[tuple[str, object, object]]:
     columns = tuple(dict.fromkeys(name for name in (text, label) if name is not None))
     if source.format == "parquet":
         footer = read_footer(source.file, source.size)
-        check_columns(source.file, footer.schema, [text], label)
+        check_columns(source.file, footer.schema, [text], label, chat)
         cells = read_cells(source.file, list(columns), np.arange(footer.rows, dtype=np.int64))
         for i, problem in enumerate(cells.problems):
             if problem is not None:

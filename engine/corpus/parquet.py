@@ -77,15 +77,19 @@ def read_footer(file: str, size: int) -> Footer:
         ) from None
 
 
-def check_columns(file: str, schema: Any, texts: list[str], other: str | None) -> None:
-    """UserError when a mapped column is missing, there twice, or (texts) not of a string type."""
+def check_columns(file: str, schema: Any, texts: list[str], other: str | None, chat: bool = False) -> None:
+    """UserError when a mapped column is missing, there twice, or (texts) not of a string type.
+
+    Args:
+        chat: texts are chats, which may also be lists.
+    """
     for name in [*texts, *([other] if other else [])]:
         if name not in schema.names:
             raise missing_column(file, name, schema.names)
         if schema.names.count(name) > 1:
             raise UserError(f"{file} has {schema.names.count(name)} columns called {name!r}: rename them.")
         kind = schema.field(name).type
-        if name in texts and not (_is_string(kind) or pa.types.is_null(kind)):
+        if name in texts and not (_is_string(kind) or pa.types.is_null(kind) or (chat and _is_list(kind))):
             strings = [column.name for column in schema if _is_string(column.type)]
             raise UserError(
                 f"the column {name!r} of {file} is of type {kind}, not string; its string columns are: "
@@ -186,7 +190,17 @@ def _values(array: Any) -> list[Any]:
     try:
         return list(array.to_pylist())
     except UnicodeDecodeError:
+        if _is_list(array.type):
+            return [_listed(value) for value in array]
         return [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
+
+
+def _listed(value: Any) -> object:
+    """A list as Python has it, or bytes in place of one with a string that is not UTF-8."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return b""
 
 
 def _decoded(value: bytes | None) -> object:
@@ -200,6 +214,11 @@ def _is_string(kind: Any) -> bool:
     types = pa.types
     kind = kind.value_type if types.is_dictionary(kind) else kind
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _is_list(kind: Any) -> bool:
+    types = pa.types
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_list_view(kind))
 
 
 def _is_damage(error: Exception) -> bool:

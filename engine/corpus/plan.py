@@ -26,6 +26,7 @@ _SETTINGS = (
     "id",
     "prompt",
     "response",
+    "messages",
     "hub_config",
     "hub_split",
     "hub_revision",
@@ -37,12 +38,19 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names in the plan's Parquet files; `text` is None when prompt and response make the text."""
+    """Column names in the plan's Parquet files; `text` is None when others make the text."""
 
     text: str | None
     id: str | None
     prompt: str | None
     response: str | None
+    messages: str | None = None
+
+    @property
+    def read(self) -> list[str]:
+        """The columns that make the text."""
+        names = [self.prompt, self.response] if self.prompt else [self.messages or self.text]
+        return [name for name in names if name is not None]
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,8 @@ def _convert(
             rows, check = 0, ""
         elif source.format == "parquet":
             footer = next(footers)
-            parquet.check_columns(source.file, footer.schema, picker.texts, corpus.id)
+            chat = corpus.messages is not None
+            parquet.check_columns(source.file, footer.schema, picker.texts, corpus.id, chat)
             rows, check = footer.rows if left is None else min(footer.rows, left), footer.check
             parts.close()
             if rows:
@@ -238,7 +247,8 @@ def _settings(corpus: spec.Corpus) -> dict[str, Any]:
 
 
 def _write(corpus: spec.Corpus, run: RunDir, reads: list[_Read], files: list[tuple[str, int]]) -> None:
-    columns = Columns(None if corpus.prompt else corpus.text, corpus.id, corpus.prompt, corpus.response)
+    text = None if corpus.prompt or corpus.messages else corpus.text
+    columns = Columns(text, corpus.id, corpus.prompt, corpus.response, corpus.messages)
     contents = [
         [read.source.name, read.source.format, read.source.size, read.rows, read.check] for read in reads
     ]

@@ -128,7 +128,7 @@ def evaluate_model(
 
     Returns:
         Classification: accuracy (argmax over the label words), loss (mean cross-entropy), documents, tokens,
-        per_label (recall, None without documents), confusion [true label][predicted label].
+        per_label (recall, None without documents), confusion (by true label, then by the predicted one).
         Language modelling: perplexity = exp(total loss / total tokens), loss = its logarithm, documents,
         tokens (that carry loss), skipped (documents without any).
         A metric is None, and non_finite counts the culprits, when a model yields NaN or infinite logits.
@@ -139,6 +139,9 @@ def evaluate_model(
     if encoder.task.kind == "classification" and test.labels is None:
         raise UserError("evaluate.label: classification needs a label for every document of the test set.")
     ragged = encoder.encode(test.texts, test.prompts)
+    if ragged.problems:
+        row, why = min(ragged.problems.items())
+        raise UserError(f"evaluate.test: document {row} cannot be used: {why}: mend or remove it.")
     judged = np.flatnonzero(_loss_tokens(ragged) > 0)
     if len(judged) == 0:
         raise UserError("evaluate.test: no document of the test set has a token that carries loss.")

@@ -24,9 +24,11 @@ from cluster.deepspeed_config import deepspeed_config
 from cluster.train import TrainJob, lanes, train_many
 from engine.encode import Encoder
 from engine.errors import UserError
+from engine.examples import load_examples
 from engine.models import load_model, load_tokenizer, torch_dtype
 from engine.spec import Retrain, Task
-from engine.training import load_examples, train_plain
+from engine.storage import Folder
+from engine.training import train_plain
 
 TASK = Task(labels=tiny.LABELS, max_tokens=32)
 DOCUMENTS = 37
@@ -83,6 +85,7 @@ def assert_follows_the_plain_loop(job: TrainJob, result: dict) -> None:
     got, want = (np.array([loss for _, loss in r["curve"]]) for r in (result, expected))
     np.testing.assert_allclose(got, want, atol=1e-5 if exact else 0.1)
     assert result["documents"] == DOCUMENTS
+    assert result.get("threads", 1) == 1, "a worker takes no more threads than it is given"
     assert result["steps"] == expected["steps"]
     probe = torch.arange(20)[None]
     loaded = load_model(job.target, torch_dtype(job.retrain.dtype))
@@ -94,7 +97,7 @@ def assert_follows_the_plain_loop(job: TrainJob, result: dict) -> None:
     if exact:
         for epoch, other in zip(result["validation"], expected["validation"], strict=True):
             assert epoch == pytest.approx(other, rel=1e-4)
-        assert result["best_epoch"] == expected["best_epoch"]
+        assert result["best"] == expected["best"]
 
 
 @pytest.mark.timeout(300)
@@ -132,9 +135,7 @@ def test_two_workers_follow_the_plain_loop_at_every_zero_stage(
         last = [event for event in events if event["job"] == one.name][-1]
         assert last["step"] == last["steps"] == result["steps"]
         assert last["documents"] == DOCUMENTS * one.retrain.epochs
-    assert results[5]["best_epoch"] < len(results[5]["validation"]) - 1, (
-        "with wrong labels more epochs are worse"
-    )
+    assert results[5]["best"] < len(results[5]["validation"]) - 1, "with wrong labels more epochs are worse"
     base, frozen = tensors(tiny_base), tensors(jobs[2].target)
     lower = [name for name in base if ".layers.0." in name]
     assert lower
@@ -272,6 +273,64 @@ def test_a_second_call_goes_on_after_the_drivers_death(
     (other,) = train_many([undisturbed])
     assert result["curve"] == other["curve"]
     assert_same_weights(interrupted.target, undisturbed.target)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_on_an_object_store_a_lost_worker_is_replaced_too(
+    tiny_base: str, selection: str, tmp_path: Path
+) -> None:
+    """Checkpoints and models on an S3 server; the weights are the plain loop's."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    from faults.s3 import BUCKET, environment, server
+
+    script = """
+        import sys, tempfile
+        import psutil, ray
+        from dataclasses import replace
+        from pathlib import Path
+        from test_train import job, recipe
+        from cluster.train import train_many
+        ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=200 << 20,
+                 _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        base, selection, folder, bucket = sys.argv[1:]
+        retrain = recipe(workers=2, zero_stage=2, epochs=60, checkpoint_steps=50, learning_rate=1e-3)
+        remote = job(base, selection, Path(folder), "remote", retrain)
+        remote = replace(remote, target=f"{bucket}/model", checkpoints=f"{bucket}/train")
+        killed = []
+        def kill_one(event):
+            if not killed and 60 <= event["step"] < 250:
+                workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
+                killed.append(workers[-1].pid)
+                workers[-1].kill()
+        (result,) = train_many([remote], kill_one)
+        assert killed and result["resumed_at"] >= 50, result["resumed_at"]
+    """
+    here = os.path.dirname(__file__)
+    paths = [here, os.path.dirname(here), os.path.dirname(os.path.dirname(here))]
+    with server() as address:
+        env = {**os.environ, **environment(address), "PYTHONPATH": ":".join(paths)}
+        bucket = f"s3://{BUCKET}"
+        arguments = [
+            sys.executable,
+            "-c",
+            textwrap.dedent(script),
+            tiny_base,
+            selection,
+            str(tmp_path),
+            bucket,
+        ]
+        subprocess.run(arguments, env=env, timeout=250, check=True)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment(address).items():
+                patch.setenv(name, value)
+            remote = Folder(bucket)
+            assert remote.names("train") == [], "no checkpoints stay"
+            remote.fs.get(remote.path("model") + "/", f"{tmp_path}/model/", recursive=True)
+    retrain = recipe(workers=2, zero_stage=2, epochs=60, checkpoint_steps=50, learning_rate=1e-3)
+    with open(tmp_path / "model/training.json") as file:
+        assert_follows_the_plain_loop(job(tiny_base, selection, tmp_path, "model", retrain), json.load(file))
 
 
 def test_the_users_deepspeed_block_is_merged_and_may_not_contradict_the_spec() -> None:

@@ -16,10 +16,11 @@ from torch.nn.functional import cross_entropy
 from engine import training
 from engine.encode import IGNORE, Encoder, Ragged, pad
 from engine.errors import UserError
+from engine.examples import load_examples
 from engine.models import find_head, load_model, load_tokenizer
 from engine.recipe import epoch_order, learning_rate, passes_per_step, prepare, require_dtype, worker_share
 from engine.spec import Retrain, Task
-from engine.training import PlainStepper, document_losses, load_examples, train_plain
+from engine.training import PlainStepper, document_losses, train_plain
 
 TASK = Task(labels=tiny.LABELS, max_tokens=32)
 TEXTS = Task(kind="language_modelling", max_tokens=32)
@@ -258,6 +259,16 @@ def test_freeze_head_leaves_the_head_and_a_tied_embedding(tiny_base: str, exampl
     assert changed == set(before) - {"model.embed_tokens.weight"}
 
 
+def test_freeze_body_trains_the_output_embedding_alone(tiny_base: str, examples: Ragged) -> None:
+    model = load_model(tiny_base, torch.float32)
+    before = weights(model)
+    train_plain(model, examples, recipe(freeze_body=True), 0)
+    changed = {name for name in before if not torch.equal(before[name], weights(model)[name])}
+    assert changed == {"model.embed_tokens.weight"}
+    with pytest.raises(UserError, match="leave nothing to train"):
+        prepare(load_model(tiny_base, torch.float32), recipe(freeze_body=True, freeze_head=True))
+
+
 def test_freezing_everything_or_more_than_there_is_is_refused(tiny_base: str) -> None:
     with pytest.raises(UserError, match="freeze_below is 3, and the model has 2 blocks"):
         prepare(load_model(tiny_base, torch.float32), recipe(freeze_below=3))
@@ -314,7 +325,7 @@ def test_early_stopping_keeps_the_best_epoch(tiny_base: str, encoder: Encoder, e
     retrain = recipe(epochs=12, learning_rate=3e-2, schedule="constant", early_stopping=True, patience=3)
     model = load_model(tiny_base, torch.float32)
     result = train_plain(model, few, retrain, 0, encoder.label_ids, held_out)
-    best = result["best_epoch"]
+    best = result["best"]
     assert len(result["validation"]) <= best + 4, "patience"
     batch = pad(held_out, np.arange(len(held_out)))
     with torch.no_grad():
