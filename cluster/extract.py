@@ -47,6 +47,9 @@ LOST = (
 PARTITIONS_PER_ENCODER = 8
 """An encoder takes seconds to start and encodes a partition in about one: for few partitions one is enough."""
 
+ENCODERS_PER_GPU = 4
+"""Encode actors for each gradient actor on a GPU; on a CPU, where gradients take far longer, one is enough."""
+
 PARTITIONS_AHEAD, TOKEN_BYTES, AHEAD_BYTES = 4, 8, 16 << 20
 """Partitions of the longest documents that may wait encoded for each gradient actor; at least so many bytes."""
 
@@ -100,7 +103,7 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
             .map(
                 EncodePartition,
                 fn_constructor_args=(job, attempts),
-                compute=_pool(1, encoders(len(todo))),
+                compute=_pool(1, encoders(job, len(todo))),
                 num_cpus=ENCODE_CPUS,
                 **replaced,
             )
@@ -127,17 +130,19 @@ def actor_resources(settings: Extract, threads: int) -> tuple[float, float]:
     return cpus, gpus
 
 
-def encoders(partitions: int) -> int:
-    """Encode actors at most, for so many partitions."""
-    return max(1, partitions // PARTITIONS_PER_ENCODER)
-
-
 def actors(job: ExtractJob) -> int:
     """Gradient actors that the connected cluster has room for now, as far as the spec lets them be started."""
     cpus, gpus = actor_resources(job.spec.extract, job.threads)
     resources = ray.cluster_resources()
     fitting = int(resources.get("GPU", 0) / gpus if gpus else resources.get("CPU", 1) / cpus)
     return max(job.spec.extract.workers_min, min(fitting, job.spec.extract.workers_max or fitting))
+
+
+def encoders(job: ExtractJob, partitions: int) -> int:
+    """Encode actors at most: each holds a tokenizer and half a gigabyte of libraries, so no more than are needed."""
+    settings = job.spec.extract
+    each = ENCODERS_PER_GPU if actor_resources(settings, job.threads)[1] else 1
+    return max(1, min(partitions // PARTITIONS_PER_ENCODER, each * (settings.workers_max or actors(job))))
 
 
 def _ahead(job: ExtractJob) -> int:
