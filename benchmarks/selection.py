@@ -375,7 +375,7 @@ CONTESTANTS = {
 
 
 def apart(name: str, *arguments: Any) -> Any:
-    """Run a contestant in a process of its own; ours with one BLAS thread, the others with all cores."""
+    """Run a contestant in a process of its own, ours with one BLAS thread beside its own threads."""
     command = [sys.executable, __file__, "--apart", json.dumps([name, *arguments])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if name == "certified" else None
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)

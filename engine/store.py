@@ -24,6 +24,7 @@ from engine.errors import UserError
 from engine.gradients import PartitionGradients
 from engine.rows import RowBlock
 from engine.rundir import DONE, LAYOUT, STORE, RunDir, fingerprint
+from engine.shard_rows import ShardRows
 from engine.storage import reason
 
 MISSING, VALID, QUARANTINED = 0, 1, 2
@@ -80,6 +81,7 @@ class GradientStore:
         with _sound(run):
             self.target: npt.NDArray[np.float64] = np.asarray(self._arrays["target"][:], np.float64)
         self.attributes: dict[str, Any] = dict(group.attrs)
+        self._shards: dict[tuple[int, int], ShardRows] = {}  # 17 bytes a chunk read from
         self._small_columns: dict[int, tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]] = {}
 
     @classmethod
@@ -135,6 +137,7 @@ class GradientStore:
         """
         start = partition * self.block_rows
         self._small_columns.pop(partition, None)
+        self._shards = {key: shard for key, shard in self._shards.items() if key[1] != partition}
         n = len(gradients.label)
         state = np.full(n, VALID, np.uint8)
         state[list(gradients.problems)] = QUARANTINED
@@ -225,14 +228,30 @@ class GradientStore:
     def take(self, rows: npt.NDArray[np.int64]) -> RowBlock:
         """See `engine.rows.Rows.take`; UserError when a chunk fails its checksum."""
         scale, state = np.empty((self.n_checkpoints, rows.size), np.float32), np.empty(rows.size, np.uint8)
+        features = np.empty((self.n_checkpoints, rows.size, self.dim), np.float16)
         with _sound(self.run):
-            features = np.asarray(self._arrays["features"].oindex[:, rows])
             for partition, first in zip(*np.unique(rows // self.block_rows, return_index=True), strict=True):
-                stop = np.searchsorted(rows, (partition + 1) * self.block_rows)
-                here = rows[first:stop] - partition * self.block_rows
+                part = slice(first, np.searchsorted(rows, (partition + 1) * self.block_rows))
+                here = rows[part] - partition * self.block_rows
                 scales, states = self._small(int(partition))
-                scale[:, first:stop], state[first:stop] = scales[:, here], states[here]
+                scale[:, part], state[part] = scales[:, here], states[here]
+                written = bool((state[part] != MISSING).any())
+                features[:, part] = self._take_features(int(partition), here) if written else 0
         return RowBlock(features, scale, state == VALID)
+
+    def _take_features(self, partition: int, here: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        """Features (P, n, d) of rows of one partition: from the files where they are local."""
+        if not self.run.local:
+            rows = here + partition * self.block_rows
+            return np.asarray(self._arrays["features"].oindex[:, rows])
+        return np.stack([self._shard(j, partition).take(here) for j in range(self.n_checkpoints)])
+
+    def _shard(self, checkpoint: int, partition: int) -> ShardRows:
+        key = (checkpoint, partition)
+        if key not in self._shards:
+            path = self.run.path(f"{STORE}/features/c/{checkpoint}/{partition}/0")
+            self._shards[key] = ShardRows(path, self.block_rows, self.chunk_rows, self.dim)
+        return self._shards[key]
 
     def _small(self, partition: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
         """Scale (P, rows) and state (rows,) of a partition; those asked for lately stay in memory, for a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import UserError
+from engine.extend import load
 from engine.rows import Rows
 from engine.select.baselines import alignment, at_random, by_score
 from engine.select.external import open_features
@@ -28,6 +30,7 @@ __all__ = [
     "RandomPath",
     "Selection",
     "View",
+    "described",
     "open_features",
     "select",
     "view_of",
@@ -63,9 +66,9 @@ def select(
     """
     rows = view_of(rows, spec)
     eligible = _eligible(rows, columns, spec)
-    label = _labels(columns, spec) if spec.strategy.endswith("_balanced") else None
+    label = _labels(columns, spec) if spec.rule.endswith("_balanced") else None
     certificate, checked = None, list[int]()
-    if spec.strategy.startswith("greedy"):
+    if spec.rule.startswith("greedy"):
         restart = spec.batch_size if spec.strategy == "greedy_batched" else 0
         book = None if journal is None else Journal(journal, _inputs(rows, spec, eligible, label))
         greedy = Greedy(rows, eligible, spec.size, spec.rows, restart, label)
@@ -78,12 +81,20 @@ def select(
     return _described(rows, spec, eligible, order, certificate, checked)
 
 
+def described(rows: Rows, columns: Columns, spec: Select, order: Ints) -> Selection:
+    """A selection of rows that were chosen elsewhere, (k,) in pick order, with its path of f and its weights."""
+    rows = view_of(rows, spec)
+    return _described(rows, spec, _eligible(rows, columns, spec), order, None, [])
+
+
 def local_shards(rows: Rows, spec: Select, eligible: Bools, label: Labels | None) -> Shards:
     """All rows as one shard in this process."""
-    budgets = spec.index_memory_mb, spec.cache_memory_mb
-    return LocalShards(
-        [Shard(rows, 0, rows.n_rows, spec.rows, unit_target(rows.target), eligible, label, *budgets)]
+    u, budgets, threads = (
+        unit_target(rows.target),
+        (spec.index_memory_mb, spec.cache_memory_mb),
+        os.cpu_count(),
     )
+    return LocalShards([Shard(rows, 0, rows.n_rows, spec.rows, u, eligible, label, *budgets, threads or 1)])
 
 
 def _described(
@@ -157,9 +168,9 @@ def _inputs(rows: Rows, spec: Select, eligible: Bools, label: Labels | None) -> 
 
 def _eligible(rows: Rows, columns: Columns, spec: Select) -> Bools:
     eligible, what = rows.valid, "valid documents"
-    if spec.strategy.endswith("_balanced"):
+    if spec.rule.endswith("_balanced"):
         eligible, what = eligible & (_labels(columns, spec) >= 0), "valid documents with a label"
-    if spec.strategy.startswith("loss_"):
+    if spec.rule.startswith("loss_"):
         eligible, what = eligible & np.isfinite(_losses(columns, spec)), "valid documents with a finite loss"
     if spec.min_confidence > 0:
         what += f" that the fine-tuned model is at least {spec.min_confidence:g} sure of"
@@ -176,7 +187,7 @@ def _eligible(rows: Rows, columns: Columns, spec: Select) -> Bools:
 
 def _order(rows: Rows, columns: Columns, spec: Select, eligible: Bools, label: Labels | None) -> Ints:
     """Rows in pick order, of the strategies without a running sum."""
-    match spec.strategy:
+    match spec.rule:
         case "random" | "random_balanced":
             return at_random(eligible, spec.size, spec.seed, label)
         case "loss_min" | "loss_max":
@@ -187,7 +198,23 @@ def _order(rows: Rows, columns: Columns, spec: Select, eligible: Bools, label: L
         case "bottomk":
             return by_score(-alignment(rows, spec.rows, eligible), eligible, spec.size)
         case _:
-            raise AssertionError(spec.strategy)
+            return _own_order(rows, columns, spec, eligible)
+
+
+def _own_order(rows: Rows, columns: Columns, spec: Select, eligible: Bools) -> Ints:
+    """Rows in pick order by a strategy of somebody else's, `strategy(rows, columns, spec, eligible)`."""
+    found = np.asarray(load(spec.strategy, "select.strategy")(rows, columns, spec, eligible))
+    if (
+        found.shape != (spec.size,)
+        or found.dtype.kind not in "iu"
+        or not (0 <= found.min() <= found.max() < rows.n_rows)
+    ):
+        raise UserError(f"{spec.strategy} must return {spec.size} row numbers, the best first.")
+    if np.unique(found).size != found.size or not eligible[found].all():
+        raise UserError(
+            f"{spec.strategy} returned a row twice, or one that may not be selected (`eligible`)."
+        )
+    return found.astype(np.int64)
 
 
 def _labels(columns: Columns, spec: Select) -> Labels:

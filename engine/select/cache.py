@@ -22,14 +22,11 @@ class RowCache:
 
     def __init__(self, rows: Rows, start: int, stop: int, kind: RowKind, megabytes: int) -> None:
         self._rows, self._start, self._kind = rows, start, kind
-        row_bytes = rows.n_checkpoints * (rows.dim * 4 + 4)
-        self._most = max(4 * BATCH, (megabytes << 20) // row_bytes)
+        self._bytes = megabytes << 20
         self._slot = np.full(stop - start, -1, np.int32)
-        self._row = np.full(self._most, -1, np.int64)
-        self._used = np.zeros(self._most, np.int64)
-        self._free = np.arange(self._most)
-        self._features: npt.NDArray[np.floating] | None = None
-        self._scale = np.empty((rows.n_checkpoints, self._most), np.float32)
+        self._row, self._used, self._free = np.empty((3, 0), np.int64)
+        self._features: npt.NDArray[np.floating] | None = None  # made by the first read, which knows the type
+        self._scale = np.empty((rows.n_checkpoints, 0), np.float32)
         self._clock = 0
         self.rows_read = self.bytes_read = self.chunks_read = 0
 
@@ -70,13 +67,22 @@ class RowCache:
             chunks * self._rows.chunk_rows * (block.features[:, 0].nbytes + block.scale[:, 0].nbytes)
         )
         if self._features is None:
-            shape = (block.features.shape[0], self._most, block.features.shape[2])
-            self._features = np.empty(shape, block.features.dtype)
+            self._features = self._make_room(block)
         if self._free.size < rows.size:
-            leaving = np.argpartition(self._used, max(BATCH, self._most // 8))[: max(BATCH, self._most // 8)]
+            share = max(BATCH, self._row.size // 8)
+            leaving = np.argpartition(self._used, share)[:share]
             gone = self._row[leaving]
             self._slot[gone[gone >= 0]] = -1
             self._row[leaving], self._free = -1, leaving
         slots, self._free = self._free[: rows.size], self._free[rows.size :]
         self._features[:, slots], self._scale[:, slots] = block.features, block.scale
         self._row[slots], self._used[slots], self._slot[rows] = rows, self._clock, slots
+
+    def _make_room(self, like: RowBlock) -> npt.NDArray[np.floating]:
+        """Set aside as many rows as the budget allows; features (P, most, d)."""
+        checkpoints, _, dim = like.features.shape
+        most = max(4 * BATCH, self._bytes // (checkpoints * (dim * like.features.itemsize + 4)))
+        most = min(most, max(self._slot.size, 4 * BATCH))
+        self._row, self._used = np.full(most, -1, np.int64), np.zeros(most, np.int64)
+        self._free, self._scale = np.arange(most), np.empty((checkpoints, most), np.float32)
+        return np.empty((checkpoints, most, dim), like.features.dtype)

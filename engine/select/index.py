@@ -15,14 +15,20 @@ in some order, with or without FMA, in the precision of its operands.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.rows import RowBlock, Rows
 from engine.select.objective import Floats, Ints, RowKind, norms, stream
+
+T = TypeVar("T")
 
 ROW_BYTES = 28
 """Bytes per row and checkpoint beside the coordinates: nu, alpha, q, rho, and the stale cosine and radius."""
@@ -61,9 +67,14 @@ class SubspaceIndex:
         rows: the store; each `extend` streams it once.
         u: (d,), unit target.
         capacity: directions (columns of Q) that memory is set aside for.
+        threads: that share a pass; each row is one thread's, so their number changes no bit.
     """
 
-    def __init__(self, rows: Rows, start: int, stop: int, kind: RowKind, u: Floats, capacity: int) -> None:
+    def __init__(
+        self, rows: Rows, start: int, stop: int, kind: RowKind, u: Floats, capacity: int, threads: int = 1
+    ) -> None:
+        self._threads = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._at_once = threads
         self.rows, self.start, self.stop, self.kind, self.u = rows, start, stop, kind, u
         p, n = rows.n_checkpoints, stop - start
         self.size, self.capacity = 0, min(capacity, rows.dim)
@@ -103,12 +114,23 @@ class SubspaceIndex:
         gram = q @ q.transpose(0, 2, 1) - np.eye(self.size)
         self.skew = np.sqrt((gram**2).sum(axis=(1, 2))) + self.margin * self.size
         wrong = np.maximum(before, self.skew) + self.margin * math.sqrt(self.size)
-        for at, block in stream(self.rows, self.start, self.stop):
+
+        def add(piece: tuple[slice, RowBlock]) -> None:
+            at, block = piece
             part = slice(at.start - self.start, at.stop - self.start)
             for j in range(self.rows.n_checkpoints):
                 z = self._project(block, j, part, directions[j], first)
                 self._replace(j, part, columns, replaced, z, float(wrong[j]))
+
+        pieces = stream(self.rows, self.start, self.stop)
+        while together := list(itertools.islice(pieces, self._at_once)):
+            self._each(add, together)
         self._stale_sum = None
+
+    def _each(self, work: Callable[[T], None], items: Iterable[T]) -> None:
+        """work(item) for every item, by all threads."""
+        for _ in map(work, items) if self._threads is None else self._threads.map(work, items):
+            pass
 
     def _project(self, block: RowBlock, j: int, part: slice, directions: Floats, first: bool) -> Floats:
         """z = directions^T h of a block (b, m), in float64; the first pass also fills in nu and alpha."""
@@ -185,7 +207,8 @@ class SubspaceIndex:
 
     def _bounds(self, query: Query, rows: Ints | None, fresh: bool) -> Floats:
         out = np.empty(self._nu.shape[1] if rows is None else rows.size)
-        for low in range(0, out.size, _BOUND_ROWS):
+
+        def bound(low: int) -> None:
             at = slice(low, min(low + _BOUND_ROWS, out.size))
             part = at if rows is None else rows[at]
             total = np.zeros(at.stop - low)
@@ -199,6 +222,8 @@ class SubspaceIndex:
                     radius = self._radius[j, part].astype(np.float64) * abs(query.turn[j]) + query.drift[j]
                 total += self._score_bound(query, j, part, along, radius)
             out[at] = total / self._nu.shape[0] + self.margin
+
+        self._each(bound, range(0, out.size, _BOUND_ROWS))
         return out
 
     def _fresh_cosine(self, query: Query, j: int, part: slice | Ints) -> tuple[Floats, Floats]:

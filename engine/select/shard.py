@@ -73,7 +73,7 @@ class Shard:
 
     Args:
         eligible: (N,) bool of the whole store. label: (N,) or None.
-        index_mb, cache_mb: memory budgets of this shard's index and row cache.
+        index_mb, cache_mb: memory budgets of this shard's index and row cache. threads: as in `SubspaceIndex`.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Shard:
         label: npt.NDArray[np.int32] | None,
         index_mb: int,
         cache_mb: int,
+        threads: int = 1,
     ) -> None:
         self.rows, self.start, self.u, self.kind = rows, start, u, kind
         self.open = eligible[start:stop].copy()
@@ -97,7 +98,8 @@ class Shard:
         self._best, self._compared = -np.inf, 0
         budget = (index_mb << 20) // (rows.n_checkpoints * (stop - start)) - ROW_BYTES
         size = min(budget // 2 - _DRIFT, max(_FEWEST, rows.dim // 8))
-        self.index = SubspaceIndex(rows, start, stop, kind, u, max(8, min(budget // 2, size + 8 * _DRIFT)))
+        capacity = max(8, min(budget // 2, size + 8 * _DRIFT))
+        self.index = SubspaceIndex(rows, start, stop, kind, u, capacity, threads)
         self._spent: list[int] = []  # work of comparing, step by step, since the index last grew
         if self.open.any():
             self._first_basis(size)

@@ -182,6 +182,47 @@ def test_a_flipped_byte_is_detected_wherever_it_is(tmp_path: Path, name: str) ->
     assert GradientStore.open(run).read(0, 21).valid.all()
 
 
+@pytest.mark.parametrize("partition_rows", [8, 300])
+def test_random_rows_are_those_of_a_sequential_read_at_first_and_again(tmp_path, partition_rows) -> None:
+    shape = StoreShape(checkpoints=2, docs=700, dim=4096, partition_rows=partition_rows)
+    run, rng = RunDir(str(tmp_path)), np.random.default_rng(0)
+    store = GradientStore.create(run, shape, np.ones(4096), {})
+    for p in range(shape.partitions):
+        n = min(partition_rows, 700 - p * partition_rows)
+        features = rng.standard_normal((2, n, 4096)).astype(np.float16)
+        store.write(p, replace(gradients(np.ones((2, n, 4096))), features=features), "f", {})
+    whole = store.read(0, 700)
+    for _ in range(20):
+        rows = np.sort(rng.choice(700, rng.integers(1, 40), replace=False))
+        taken = store.take(rows)
+        assert taken.features.tobytes() == whole.features[:, rows].tobytes()
+        assert taken.scale.tobytes() == whole.scale[:, rows].tobytes()
+        assert taken.valid.tolist() == whole.valid[rows].tolist()
+
+
+@pytest.mark.parametrize("damage", ["first byte", "last byte", "cut short", "empty", "gone"])
+def test_a_damaged_shard_is_detected_by_a_random_read(tmp_path: Path, damage: str) -> None:
+    filled(RunDir(str(tmp_path)))
+    path = tmp_path / STORE / "features/c/1/1/0"
+    data = bytearray(path.read_bytes())
+    match damage:
+        case "first byte":
+            data[0] ^= 1
+        case "last byte":
+            data[-1] ^= 1
+        case "cut short":
+            del data[len(data) // 2 :]
+        case "empty":
+            data.clear()
+    path.write_bytes(data)
+    if damage == "gone":
+        path.unlink()
+    store = GradientStore.open(RunDir(str(tmp_path)))
+    assert store.take(np.arange(3)).valid.tolist() == [True] * 3
+    with pytest.raises(UserError, match="damaged or unreadable"):
+        store.take(np.arange(8, 12))
+
+
 def test_no_store_is_said_with_the_command_that_makes_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run `unbake extract` first"):
         GradientStore.open(RunDir(str(tmp_path)))
