@@ -201,6 +201,12 @@ class Select(Section):
     weights: Literal["equal", "nnls"] = Field(
         "equal", description="loss weights of the picks in retraining; nnls: fitted to Delta, none negative"
     )
+    rounds: int = Field(
+        1,
+        ge=1,
+        description="greedy and topk: select in so many rounds, each aimed at what training on the picks of those "
+        "before has left of Delta",
+    )
     index_memory_mb: int = Field(
         512, ge=1, description="greedy: most memory of the subspace index, all shards"
     )
@@ -211,6 +217,19 @@ class Select(Section):
         1, ge=1, description="greedy: shards of the index; more than one live in Ray actors, near their data"
     )
     verify: int = Field(0, ge=0, description="greedy: random picks to re-check against a full scan")
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Select:
+        if self.rounds > 1 and (self.stop != "size" or self.target != "delta"):
+            raise ValueError("rounds needs stop=size and target=delta")
+        if self.rounds > self.size:
+            raise ValueError("rounds may not be more than size")
+        return self
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether the strategy looks at Delta, and so can be aimed anew."""
+        return self.rounds > 1 and self.strategy.startswith(("greedy", "topk"))
 
 
 class Lora(Section):

@@ -9,6 +9,7 @@ documents share a model, though they came from different stores.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
@@ -261,7 +262,7 @@ class Experiment:
     def _training(self, cell: Cell) -> Training:
         """Select for a cell, and say which model it needs."""
         job, name = self._job(cell), _selection(cell)
-        select_with(job, cell.spec.select, f"select-{name}", f"comparisons/{name}.parquet")
+        select_with(_with(job, cell), cell.spec.select, f"select-{name}", f"comparisons/{name}.parquet")
         documents = self._training_file(job.run.read_table(f"comparisons/{name}.parquet"))
         validation = write_validation(job) if cell.spec.retrain.judges else None
         work = train_job(
@@ -405,7 +406,18 @@ def print_summary(summary: list[dict[str, Any]], axes: list[str], console: Conso
     console.print(table)
 
 
+def _with(job: Job, cell: Cell) -> Job:
+    """The job with the cell's own sections, for a selection that retrains; without its models read again."""
+    if not cell.spec.select.in_rounds:
+        return job
+    own = copy.copy(job)
+    own.spec = job.spec.model_copy(update={"select": cell.spec.select, "retrain": cell.spec.retrain})
+    return own
+
+
 def _selection(cell: Cell) -> str:
     """Name of a cell's selection within its extraction: the strategy, and what it depends on."""
-    fields = cell.spec.select.model_dump(mode="json", exclude=set(NO_BYTES))
+    fields = [cell.spec.select.model_dump(mode="json", exclude=set(NO_BYTES))]
+    if cell.spec.select.in_rounds:
+        fields.append(cell.spec.retrain.model_dump(mode="json", exclude=set(cluster.train.NO_BYTES)))
     return f"{cell.strategy}-{fingerprint(fields)[:12]}"

@@ -93,6 +93,10 @@ def select_with(job: Job, settings: Select, stage: str, name: str) -> dict[str, 
         **{f"select.{k}": v for k, v in settings.model_dump(mode="json").items() if k not in NO_BYTES},
         "code": CODE,
     }
+    if settings.in_rounds:  # then it depends on how the base model is retrained too
+        from cluster.train import NO_BYTES as IN_TRAINING
+
+        inputs |= {"models.base": job.model_hashes["base"], **job.section("retrain", without=IN_TRAINING)}
     return job.guarded(stage, inputs, lambda: _select(job, settings, stage, name), outputs=(name,))
 
 
@@ -105,7 +109,12 @@ def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]
         _shards(job, settings, rows) as shards,
         job.progress.stage(stage, settings.size, "picks") as progress,
     ):
-        selection = choose(rows, columns, settings, progress.update, journal=journal, shards=shards)
+        if settings.in_rounds:
+            from jobs.rounds import select_in_rounds  # which needs this module
+
+            selection = select_in_rounds(job, store, rows, columns, settings, stage, progress)
+        else:
+            selection = choose(rows, columns, settings, progress.update, journal=journal, shards=shards)
         job.run.write_table(name, _table(job, store, selection))
         progress.update(settings.size)
         seconds = progress.seconds
@@ -199,15 +208,28 @@ def finetuned_loss(store: GradientStore) -> npt.NDArray[np.float32]:
 
 
 def _table(job: Job, store: GradientStore, selection: Selection) -> pa.Table:
-    rows = selection.rows
+    """selection.parquet: the documents with their numbers."""
+    documents, numbers = documents_of(job, store, selection.rows), _numbers(selection)
+    before = ("row", "doc_id", "partition", "text", "label", "confidence", "loss", "alignment")
+    columns: dict[str, Any] = {"rank": numbers["rank"]}
+    columns |= {name: documents[name] for name in before}
+    columns |= {name: numbers[name] for name in ("norm", "weight", "objective", "gain")}
+    columns |= {name: documents[name] for name in documents.column_names if name not in before}
+    return pa.table(columns)
+
+
+def documents_of(job: Job, store: GradientStore, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """The documents at the given rows of the store, with what extraction found of each.
+
+    Raises:
+        UserError: a document is no longer what it was.
+    """
     documents = read_rows(load_plan(job.run), rows, job.spec.corpus)
     if documents.problems:
         row = int(rows[min(documents.problems)])
         raise UserError(f"row {row} of the corpus has changed since it was extracted: restore the file.")
-    numbers = _numbers(selection)
     columns: dict[str, Any] = {
-        "rank": numbers["rank"],
-        "row": numbers["row"],
+        "row": rows,
         "doc_id": documents.ids,
         "partition": (rows // store.block_rows).astype(np.int32),
         "text": documents.text,
@@ -215,10 +237,6 @@ def _table(job: Job, store: GradientStore, selection: Selection) -> pa.Table:
         "confidence": store.column("confidence")[rows],
         "loss": finetuned_loss(store)[rows],
         "alignment": store.column("alignment").mean(axis=0)[rows],
-        "norm": numbers["norm"],
-        "weight": numbers["weight"],
-        "objective": numbers["objective"],
-        "gain": numbers["gain"],
     }
     if documents.prompts is not None:
         columns |= {"prompt": documents.prompts, "response": documents.responses}

@@ -20,13 +20,21 @@ import tiny
 import yaml
 from scipy import stats
 
+from engine.checkpoints import Endpoints
 from engine.errors import UserError
 from engine.experiment import Grid, expand, summarise
 from engine.experiment.grid import extraction_key
 from engine.models import load_model
+from engine.rundir import RunDir
+from engine.select import Columns, View, select
+from engine.store import GradientStore
+from engine.target import choose_target
+from jobs import rounds
 from jobs.__main__ import main
 from jobs.experiment import read_grid, recipes
+from jobs.job import Job
 from jobs.samples import write_samples
+from jobs.select import select_with
 
 
 def grid(folder: Path, base: str, corpus: str, test: Path, **changes: Any) -> dict[str, Any]:
@@ -183,6 +191,42 @@ def test_a_runs_selection_is_diagnosed_along_the_recorded_training(
     page = (run / "report.html").read_text()
     for words in ("Trajectory fidelity", "step-000004", "Redundancy and balance"):
         assert words in page
+
+
+@pytest.mark.slow
+def test_rounds_aim_at_what_training_on_the_picks_so_far_has_left_of_delta(
+    ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(str(ready[1] / "extractions" / extraction_of(ready[1], 32)))
+    spec = run.load_spec()
+    job = Job(spec, quiet=True)
+    settings = spec.select.model_copy(update={"strategy": "greedy", "size": 9, "rounds": 2})
+    aimed = []
+
+    def towards(job: Job, store: Any, rows: Any, folder: str, number: int) -> Any:
+        view = rounds._towards_itself(job, store, rows, folder, number)
+        target = choose_target(spec, job.endpoints, job.encoder.label_ids)
+        gone, norm = target.project(Endpoints(job.endpoints.base, f"{folder}/model-{number}"))
+        aimed.append((view.target, gone, norm))
+        return view
+
+    monkeypatch.setattr(rounds, "_towards_itself", rounds._towards, raising=False)
+    monkeypatch.setattr(rounds, "_towards", towards)
+    result = select_with(job, settings, "select-rounds", "comparisons/rounds.parquet")
+    table = run.read_table("comparisons/rounds.parquet")
+    store = GradientStore.open(run)
+    ((left, gone, norm),) = aimed
+    assert norm > 0  # training did move the model
+    np.testing.assert_allclose(left + gone, store.target, rtol=1e-4, atol=1e-5 * np.abs(store.target).max())
+    first = select(store, Columns(), settings.model_copy(update={"size": 5, "rounds": 1})).rows
+    rows = table["row"].to_pylist()
+    assert rows[:5] == first.tolist()
+    again = Columns(repeats=np.isin(np.arange(store.n_rows), first))
+    second = select(View(store, left), again, settings.model_copy(update={"size": 4, "rounds": 1})).rows
+    assert rows[5:] == second.tolist()
+    assert len(result["path"]) == len(set(rows)) == 9
+    assert not run.exists("rounds/select-rounds/model-0")
+    assert select_with(job, settings, "select-rounds", "comparisons/rounds.parquet") == result
 
 
 def extraction_of(folder: Path, dim: int) -> str:

@@ -110,3 +110,25 @@ def test_weights_that_would_all_be_zero_are_refused(rows):
     against = select(rows, Columns(), Select(strategy="bottomk", size=1)).rows
     with pytest.raises(UserError, match="every weight would be 0"):
         nnls_weights(rows, against, "raw")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rounds": 2, "stop": "at_peak"}, "rounds needs stop=size"),
+        ({"rounds": 2, "target": "random"}, "rounds needs stop=size and target=delta"),
+        ({"rounds": 5, "size": 4}, "rounds may not be more than size"),
+    ],
+)
+def test_rounds_that_mean_nothing_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Select(**fields)
+
+
+def test_only_strategies_that_look_at_delta_select_in_rounds():
+    inside = [
+        s
+        for s in ("greedy", "greedy_balanced", "topk", "random", "loss_min")
+        if Select(strategy=s, rounds=2).in_rounds
+    ]
+    assert inside == ["greedy", "greedy_balanced", "topk"]
