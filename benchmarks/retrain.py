@@ -30,10 +30,10 @@ sys.path.insert(0, str(ROOT))
 from cluster.train import TrainJob, train, train_many  # noqa: E402
 from engine.spec import Retrain, Task  # noqa: E402
 
-TASK = Task(labels=["world", "business", "science"], template="{text}\nTopic:", max_tokens=64)
+TASK = Task(labels=["world", "business", "science"], template="{text}\nTopic:", max_tokens=24)
 PACKAGES = ("stdlib", "numpy", "torch")
 SKIPPED = 10
-"""Steps that warm up: they belong to the start."""
+"""Steps that warm up; as many more are timed (the loop looks at its clock every ten)."""
 
 
 def recipe(**fields: Any) -> Retrain:
@@ -44,12 +44,12 @@ def recipe(**fields: Any) -> Retrain:
 class Bench:
     """Model, documents and a folder for what is trained."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    def __init__(self, folder: Path, steps: int, model: str | None) -> None:
         from engine.models import resolve
         from jobs.demo import gguf
 
         self.folder, self.steps, self.made = folder, steps, 0
-        self.base = resolve(gguf(), str(Path(tempfile.gettempdir()) / "unbake-bench-smollm2"))
+        self.base = model or resolve(gguf(), str(Path(tempfile.gettempdir()) / "unbake-bench-smollm2"))
         self.selection = self.documents(8 * steps)
 
     def documents(self, count: int) -> str:
@@ -59,7 +59,8 @@ class Bench:
 
         from jobs.docstrings import docstrings
 
-        path = self.folder / f"documents-{count}.parquet"
+        self.made += 1
+        path = self.folder / f"documents-{self.made}.parquet"
         each = -(-count // len(PACKAGES))
         rows = [(text, label) for label, name in enumerate(PACKAGES) for text in docstrings(name, each)]
         rows = sorted(rows)[:count]
@@ -74,17 +75,17 @@ class Bench:
         chosen = selection or self.selection
         return TrainJob(name, self.base, chosen, target, checkpoints, TASK, "last_token", retrain, 3)
 
-    def timed(self, retrain: Retrain) -> dict[str, float]:
-        """Train through `cluster.train`: seconds to the first step, and of a step after the first ten."""
+    def timed(self, retrain: Retrain, selection: str | None = None) -> dict[str, Any]:
+        """Train through `cluster.train`: seconds to the first step and their parts, and of a later step."""
         events: list[tuple[float, dict[str, Any]]] = []
-        began = time.time()
-        result = train(self.job(retrain), lambda event: events.append((time.time(), event)))
-        first, last = events[0][1], events[-1][1]
+        job, began = self.job(retrain, selection), time.time()
+        result = train(job, lambda event: events.append((time.time(), event)))
+        seen, first, last = *events[0], events[-1][1]
+        startup = seen - first["seconds"] - began
         return {
-            "startup": result["startup_seconds"],
-            "step": (last["seconds"] - first["seconds"]) / (last["step"] - first["step"]),
-            "documents_per_second": 8 * (last["step"] - first["step"]) / (last["seconds"] - first["seconds"]),
-            "total": time.time() - began,
+            "startup": startup,
+            "parts": {"encoding": startup - result["startup_seconds"], **result["startup"]},
+            "step": (last["seconds"] - first["seconds"]) / max(1, last["step"] - first["step"]),
         }
 
 
@@ -94,9 +95,9 @@ def bare_loop(base: str, selection: str, threads: int, dtype: str) -> float:
     import torch
 
     from engine.encode import Encoder, pad
+    from engine.examples import load_examples
     from engine.models import load_model, load_tokenizer, torch_dtype
     from engine.recipe import epoch_order, learning_rate
-    from engine.training import load_examples
 
     torch.set_num_threads(threads)
     retrain = recipe(dtype=dtype)
@@ -177,15 +178,17 @@ def startup(bench: Bench, rounds: int, threads: int) -> dict[str, Any]:
         "2 workers, ZeRO-1": recipe(workers=2, threads=1),
         "2 workers, ZeRO-3": recipe(workers=2, threads=1, zero_stage=3),
     }
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    few = bench.documents(8)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, retrain in kinds.items():
-            times[name].append(train(bench.job(retrain, few))["startup_seconds"])
-    print(f"\nseconds from the call to the first step: median of {rounds}")
-    for name, values in times.items():
-        print(f"  {name:22} {statistics.median(values):6.1f}")
-    return times
+            times = bench.timed(retrain, bench.documents(8))
+            runs[name].append({"all": times["startup"], **times["parts"]})
+    print(f"\nseconds from the call to the first step: median of {rounds} (in: its parts)")
+    for name, values in runs.items():
+        median = {part: statistics.median(run[part] for run in values) for part in values[0]}
+        parts = ", ".join(f"{part} {value:.1f}" for part, value in median.items() if part != "all")
+        print(f"  {name:22} {median['all']:6.1f}  (in: {parts})")
+    return runs
 
 
 def scaling(bench: Bench, rounds: int) -> dict[str, Any]:
@@ -194,7 +197,7 @@ def scaling(bench: Bench, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, retrain in kinds.items():
-            times[name].append(bench.timed(retrain)["documents_per_second"])
+            times[name].append(8 / bench.timed(retrain)["step"])
     one, two = (statistics.median(values) for values in times.values())
     print(
         f"\ndocuments a second, one thread each: 1 worker {one:.2f}, 2 workers {two:.2f} ({two / one:.2f} times)"
@@ -237,23 +240,26 @@ def _held(bench: Bench, retrain: Retrain, folder: str) -> float:
         worker.start()
     for worker in workers:
         worker.join()
+        assert worker.exitcode == 0, "a worker failed: see above"
     return float(Path(folder, "held").read_text())
 
 
 def _worker(rank: int, port: int, base: str, retrain: Retrain, folder: str) -> None:
+    import numpy as np
     import torch
     import torch.distributed as dist
 
     from cluster.deepspeed_stepper import DeepSpeedStepper
-    from engine.encode import Batch
+    from engine.encode import Ragged, pad
 
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     stepper = DeepSpeedStepper(base, retrain, None, (1, 1), torch.device("cpu"), 0)
-    tokens = torch.arange(32)[None]
+    tokens = np.arange(32, dtype=np.int32)
+    batch = pad(Ragged(tokens, tokens, np.array([0, 32])), np.array([0]))
     for _ in range(2):
-        losses, _ = stepper.scores(Batch(tokens, tokens, torch.tensor([32])))
+        losses, _ = stepper.scores(batch)
         stepper.backward(losses.sum())
         stepper.step(1e-5)
     gc.collect()
@@ -274,8 +280,9 @@ def curves(bench: Bench, documents: int) -> dict[str, Any]:
     import torch
 
     from engine.encode import Encoder
+    from engine.examples import load_examples
     from engine.models import load_model, load_tokenizer
-    from engine.training import load_examples, train_plain
+    from engine.training import train_plain
 
     fields = {"dtype": "float32", "threads": 1, "epochs": 2, "freeze_below": 24, "learning_rate": 2e-4}
     selection = bench.documents(documents)
@@ -334,7 +341,10 @@ def main() -> None:
     parts = ("overhead", "startup", "scaling", "memory", "curves")
     parser.add_argument("--quick", action="store_true", help="fewer steps, one round: under three minutes")
     parser.add_argument("--part", action="append", choices=parts, help="only this; may be repeated")
+    parser.add_argument("--rounds", type=int, default=2, help="of each timing, in turns; medians are printed")
+    parser.add_argument("--dtype", action="append", choices=("bfloat16", "float32"), help="of overhead")
     parser.add_argument("--threads", type=int, default=2, help="of one worker, where there is one")
+    parser.add_argument("--model", help="folder of another Llama-like model")
     parser.add_argument("--json", type=Path, metavar="PATH")
     parser.add_argument("--svg", type=Path, metavar="PATH", help="draw the curves")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
@@ -346,21 +356,20 @@ def main() -> None:
     from engine.spec import Ray
 
     quick, wanted = options.quick, options.part or parts
-    rounds, result = 1 if quick else 3, {}
+    rounds, result = 1 if quick else options.rounds, {}
     with tempfile.TemporaryDirectory(prefix="unbake-bench-") as folder, session(Ray(num_cpus=2)):
-        bench = Bench(Path(folder), SKIPPED + (10 if quick else 20))
+        bench = Bench(Path(folder), 2 * SKIPPED, options.model)
         if "overhead" in wanted:
-            result["overhead"] = overhead(
-                bench, rounds, ["bfloat16"] if quick else ["bfloat16", "float32"], options.threads
-            )
+            dtypes = options.dtype or (["bfloat16"] if quick else ["bfloat16", "float32"])
+            result["overhead"] = overhead(bench, rounds, dtypes, options.threads)
         if "startup" in wanted:
             result["startup"] = startup(bench, rounds, options.threads)
         if "scaling" in wanted:
-            result["scaling"] = scaling(bench, 1 if quick else 2)
+            result["scaling"] = scaling(bench, rounds)
         if "memory" in wanted:
             result["memory"] = memory(bench)
         if "curves" in wanted:
-            result["curves"] = curves(bench, 24 if quick else 160)
+            result["curves"] = curves(bench, 24 if quick else 96)
             if options.svg:
                 draw(result["curves"], options.svg)
     if options.json:
