@@ -77,6 +77,16 @@ def cut_chat(text: str, limit: int) -> str:
     return chat_text(kept)
 
 
+def readable(text: str) -> str:
+    """A canonical text for people, a paragraph a message; any other text as it is."""
+    if not text.startswith('[{"role":'):
+        return text
+    try:
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in load_chat(text))
+    except (ValueError, TypeError, KeyError):
+        return text
+
+
 @dataclass(frozen=True)
 class Turns:
     """A rendered chat; spans: [start, stop) characters that the assistant said, ascending."""

