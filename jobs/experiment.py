@@ -25,6 +25,7 @@ import cluster.train
 from cluster.session import session
 from cluster.train import TrainJob
 from engine.errors import UserError
+from engine.evaluate.task import TestSet
 from engine.experiment import Cell, Grid, expand, results_table, summarise, to_markdown
 from engine.experiment.figures import figures
 from engine.experiment.grid import finetune_recipe, put
@@ -171,13 +172,15 @@ class Experiment:
     """A grid being run: what its cells need, by name, and what they came to."""
 
     def __init__(self, grid: Grid, quiet: bool = False, verbose: bool = False) -> None:
-        self.grid, self.quiet, self.verbose = grid, quiet, verbose
-        absolute = grid.model_copy(update={"run_dir": RunDir(grid.run_dir).uri})
-        self.grid = absolute
-        self.run_dir = RunDir(absolute.run_dir)
-        self.cells = expand(absolute)
+        self.run_dir = RunDir(grid.run_dir)
+        if not self.run_dir.local:
+            raise UserError(f"an experiment needs a folder that all workers see, and {grid.run_dir} is none.")
+        self.grid = grid.model_copy(update={"run_dir": self.run_dir.uri})
+        self.quiet, self.verbose = quiet, verbose
+        self.cells = expand(self.grid)
         self.progress = Progress(self.run_dir, quiet)
         self._jobs: dict[str, Job] = {}
+        self._tests: dict[int, TestSet] = {}
         self._bases: dict[str, str] = {}
 
     def describe(self) -> None:
@@ -192,7 +195,7 @@ class Experiment:
     def run(self) -> list[dict[str, Any]]:
         """Make all that is missing; the rows of results.parquet."""
         for cell in self.cells:
-            check(self._job(cell))
+            check(_with(self._job(cell), cell))
         with self._locked():
             return self._run()
 
@@ -230,6 +233,12 @@ class Experiment:
             models = spec.models.model_copy(update={"base": base, "base_revision": None})
             self._jobs[key] = Job(spec.model_copy(update={"models": models}), self.quiet, self.verbose)
         return self._jobs[key]
+
+    def _test(self, job: Job) -> TestSet:
+        """The test set of a job, read once."""
+        if id(job) not in self._tests:
+            self._tests[id(job)] = load_test(job)
+        return self._tests[id(job)]
 
     def _base(self, spec: RunSpec) -> str:
         """The base model as a local folder; converted once for all cells."""
@@ -281,13 +290,13 @@ class Experiment:
             name=f"{cell.strategy}-{cell.seed}-{mark[:8]}",
             target=f"{self.run_dir.uri}/{MODELS}/{mark[:16]}",
         )
-        inputs = judgement_inputs(job, load_test(job), mark)
+        inputs = judgement_inputs(job, self._test(job), mark)
         return Training(job, work, mark, f"judge-{fingerprint(inputs)[:16]}", inputs)
 
     def _training_file(self, selection: pa.Table) -> str:
         """The columns of a selection that a training reads, in a file named by their content."""
         table = selection.drop_columns([name for name in DESCRIPTIVE if name in selection.column_names])
-        content = fingerprint([table.column_names, table.to_pylist()])[:16]
+        content = fingerprint([table.column_names, *(column.to_pylist() for column in table.columns)])[:16]
         name = f"trainings/{content}.parquet"
         if not self.run_dir.exists(name):
             self.run_dir.write_table(name, table)
@@ -320,7 +329,8 @@ class Experiment:
             yield [t for members in models[start : start + self.grid.models_at_once] for t in members]
 
     def _judge(self, training: Training, metrics: dict[str, Any]) -> None:
-        result = measure(training.job, load_test(training.job), training.work.name, training.work.target)
+        job, work = training.job, training.work
+        result = measure(job, self._test(job), work.name, work.target)
         result |= {"train_seconds": metrics["seconds"], "final_loss": metrics["final_loss"]}
         self.run_dir.begin(training.stage, training.inputs)
         self.run_dir.finish(training.stage, training.inputs, result)
@@ -328,10 +338,10 @@ class Experiment:
     def _endpoint(self, job: Job, which: str) -> dict[str, Any]:
         """Judgement of base or fine-tuned model, once for all extractions that have it."""
         folder = {"base": job.endpoints.base, "finetuned": job.endpoints.finetuned}[which]
-        inputs = judgement_inputs(job, load_test(job), job.model_hashes[which])
+        inputs = judgement_inputs(job, self._test(job), job.model_hashes[which])
         stage = f"judge-{fingerprint(inputs)[:16]}"
         if not self.run_dir.completed(stage, inputs):
-            result = measure(job, load_test(job), which, folder)
+            result = measure(job, self._test(job), which, folder)
             self.run_dir.begin(stage, inputs)
             self.run_dir.finish(stage, inputs, result)
         return self.run_dir.stage_result(stage)
@@ -407,9 +417,7 @@ def print_summary(summary: list[dict[str, Any]], axes: list[str], console: Conso
 
 
 def _with(job: Job, cell: Cell) -> Job:
-    """The job with the cell's own sections, for a selection that retrains; without its models read again."""
-    if not cell.spec.select.in_rounds:
-        return job
+    """The job with the cell's own sections; what it knows of its models stays known."""
     own = copy.copy(job)
     own.spec = job.spec.model_copy(update={"select": cell.spec.select, "retrain": cell.spec.retrain})
     return own

@@ -14,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -345,6 +346,23 @@ def test_samples_of_one_source_need_not_overlap_and_are_drawn_once(tmp_path: Pat
         write_samples(Grid.model_validate(fields))
     fields["data"] = {"gone": {"path": "no.parquet"}}
     with pytest.raises(UserError, match=r"no\.parquet does not exist"):
+        write_samples(Grid.model_validate(fields))
+
+
+def test_samples_come_from_a_data_set_where_no_file_is_there(tmp_path: Path) -> None:
+    """A data set in a folder, as the Hub's client reads it: whole or streamed, the first of a list, no empty rows."""
+    (tmp_path / "set").mkdir()
+    table = pa.table({"query": ["a", "b", "c", "d"], "answers": [["one", "uno"], [], ["three"], ["four"]]})
+    pq.write_table(table, tmp_path / "set/train-0.parquet")
+    source = {"path": "nowhere.parquet", "hub": str(tmp_path / "set"), "columns": {"text": "answers.0"}}
+    fields = minimal(run_dir=str(tmp_path / "run"))
+    fields["data"] = {"whole": source, "part": {**source, "hub_rows": 3}}
+    write_samples(Grid.model_validate(fields))
+    whole, part = (pq.read_table(tmp_path / f"run/data/{name}.parquet") for name in ("whole", "part"))
+    assert whole.to_pydict() == {"text": ["one", "three", "four"]}
+    assert part.to_pydict() == {"text": ["one", "three"]}
+    fields["data"] = {"wrong": {**source, "columns": {"text": "title"}}}
+    with pytest.raises(UserError, match="no column title"):
         write_samples(Grid.model_validate(fields))
 
 
