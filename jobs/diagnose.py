@@ -24,6 +24,7 @@ import os
 from typing import Any
 
 import numpy as np
+import torch
 
 from engine.batches import CPU_TOKENS
 from engine.checkpoints import weights_hash
@@ -45,7 +46,7 @@ CODE = 1
 OWN = ("trajectory", "documents")
 """Options that are no fields of the spec."""
 
-EPOCH_DOCUMENTS = 512
+TRUE_DOCUMENTS = 512
 """True documents whose gradient a trajectory is compared by, unless told otherwise."""
 
 
@@ -74,13 +75,13 @@ def parser() -> argparse.ArgumentParser:
         "--documents",
         metavar="N",
         type=int,
-        default=EPOCH_DOCUMENTS,
-        help=f"true documents (of evaluate.train) to take gradients of; default: {EPOCH_DOCUMENTS}",
+        default=TRUE_DOCUMENTS,
+        help=f"true documents (of evaluate.train) to take gradients of; default: {TRUE_DOCUMENTS}",
     )
     return made
 
 
-def diagnose(job: Job, trajectory: str | None = None, documents: int = EPOCH_DOCUMENTS) -> dict[str, Any]:
+def diagnose(job: Job, trajectory: str | None = None, documents: int = TRUE_DOCUMENTS) -> dict[str, Any]:
     """Diagnose `select.strategy`'s selection; see the module's docstring for what comes out.
 
     Raises:
@@ -88,7 +89,8 @@ def diagnose(job: Job, trajectory: str | None = None, documents: int = EPOCH_DOC
     """
     if trajectory is not None and not job.spec.evaluate.train:
         raise UserError("--trajectory needs the true documents: name them in evaluate.train.")
-    extracted = job.run.stage_result("extract") if job.run.stage_fingerprint("extract") else {}
+    job.run.stage_fingerprint("extract")
+    extracted = job.run.stage_result("extract")
     found: dict[str, Any] = {"format": 1, "strategy": job.spec.select.strategy}
     inputs = {"select": job.run.stage_fingerprint("select"), "code": CODE}
     found |= job.guarded("diagnose", inputs, lambda: _selection(job, extracted))
@@ -98,7 +100,7 @@ def diagnose(job: Job, trajectory: str | None = None, documents: int = EPOCH_DOC
     found["warnings"] = warnings(found, job.spec.select.strategy)
     job.run.write_json(DIAGNOSTICS, found)
     for warning in found["warnings"]:
-        job.progress.warn("diagnose", f"{warning['text']} Try {warning['try']}")
+        job.progress.log.write("diagnose", "warning", text=f"{warning['text']} Try {warning['try']}")
     return found
 
 
@@ -159,8 +161,9 @@ def _trajectory(job: Job, folder: str, documents: int) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         with job.progress.stage("trajectory", len(recorded), "checkpoints") as progress:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
             remote = job.spec.models.trust_remote_code
-            found = fidelity(job.endpoints, recorded, target, examples, rows, tokens, remote)
+            found = fidelity(job.endpoints, recorded, target, examples, rows, tokens, device, remote)
             progress.update(len(recorded))
             return found | {"documents": len(some), "seconds": round(progress.seconds, 3)}
 

@@ -34,6 +34,7 @@ def trajectory(
     examples: Ragged,
     label_ids: list[int] | None,
     tokens_per_batch: int,
+    device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Fidelity of recorded and synthetic checkpoints.
@@ -42,6 +43,7 @@ def trajectory(
         recorded: model folders of one training run, in order of time.
         examples: true training documents, labelled.
         label_ids: rows of a restricted softmax, or None.
+        device: where the working model lives.
 
     Returns:
         delta_norm; recorded: one row a checkpoint with cosine (true gradient to Delta), gradient_norm, way
@@ -51,7 +53,7 @@ def trajectory(
     Raises:
         UserError: a recorded model that does not match the base model.
     """
-    model = load_model(endpoints.base, torch.float32, "cpu", trust_remote_code)
+    model = load_model(endpoints.base, torch.float32, device, trust_remote_code)
     delta = _delta(target, endpoints)
     length = _norm(delta)
     rows = []
@@ -101,7 +103,7 @@ def mean_gradient(
     cut = model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.detach())
     try:
         for group in length_batches(examples.lengths, tokens_per_batch):
-            losses = document_losses(model, pad(examples, group), label_ids)
+            losses = document_losses(model, pad(examples, group).to(model.device), label_ids)
             (losses.sum() / len(examples)).backward()
     finally:
         cut.remove()
@@ -110,7 +112,7 @@ def mean_gradient(
         grad = weights[layer.name].grad
         assert grad is not None
         only = target.only if layer.name == target.head else None
-        found[layer.name] = (grad[only] if only is not None else grad[: layer.rows]).detach().clone()
+        found[layer.name] = (grad[only] if only is not None else grad[: layer.rows]).detach().cpu().clone()
         weights[layer.name].grad = None
     return found
 
