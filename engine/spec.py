@@ -7,26 +7,33 @@ grouped by the stage that reads them; a stage's fingerprint is made of the group
 from __future__ import annotations
 
 import reprlib
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from engine.errors import UserError
+from engine.extend import OneOf, is_named
 
-Strategy = Literal[
-    "greedy",
-    "greedy_batched",
-    "greedy_balanced",
-    "topk",
-    "topk_balanced",
-    "bottomk",
-    "random",
-    "random_balanced",
-    "loss_min",
-    "loss_max",
+Strategy = Annotated[
+    str,
+    OneOf(
+        (
+            "greedy",
+            "greedy_batched",
+            "greedy_balanced",
+            "topk",
+            "topk_balanced",
+            "bottomk",
+            "random",
+            "random_balanced",
+            "loss_min",
+            "loss_max",
+        )
+    ),
 ]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+LoadIn = Literal["none", "8bit", "4bit"]
 LossScope = Literal["last_token", "response", "all_tokens"]
 
 
@@ -44,6 +51,9 @@ class Models(Section):
     base_revision: str | None = Field(None, description="Hub revision of base")
     finetuned_revision: str | None = Field(None, description="Hub revision of finetuned")
     trust_remote_code: bool = Field(False, description="run Python code that a model repository ships")
+    load_in: LoadIn = Field(
+        "none", description="8bit, 4bit: gradients with weights packed by bitsandbytes (extra: quantization)"
+    )
 
 
 class Corpus(Section):
@@ -54,7 +64,9 @@ class Corpus(Section):
     hub_config: str | None = Field(None, description="configuration of the Hub data set")
     hub_split: str = Field("train", description="split of the Hub data set")
     hub_revision: str | None = Field(None, description="Hub revision of the data set")
-    format: Literal["auto", "parquet", "jsonl", "csv", "txt"] = Field("auto", description="file format")
+    format: Annotated[str, OneOf(("auto", "parquet", "jsonl", "csv", "txt"))] = Field(
+        "auto", description="file format"
+    )
     text: str = Field("text", description="column with the document")
     id: str | None = Field(None, description="column with the document's id; default: a content hash")
     prompt: str | None = Field(None, description="column with a prompt that carries no loss")
@@ -127,7 +139,7 @@ class Gradients(Section):
     checkpoints: int | list[float] = Field(
         1, description="P, or a list of fractions of the way base -> finetuned"
     )
-    projector: Literal["auto", "exact", "rademacher", "tensorsketch", "factored"] = Field(
+    projector: Annotated[str, OneOf(("auto", "exact", "rademacher", "tensorsketch", "factored"))] = Field(
         "auto",
         description="auto: exact where the gradient fits in dim, factored for 8 layers or more, else tensorsketch",
     )
@@ -140,6 +152,11 @@ class Gradients(Section):
         description="padded tokens in one forward pass; default: as many as memory takes, 4096 on a CPU",
     )
 
+    compile: bool = Field(
+        False,
+        description="torch.compile the model (layers=last): slow to begin with, needs a C++ compiler on a CPU",
+    )
+
     @field_validator("checkpoints")
     @classmethod
     def _fractions(cls, value: int | list[float]) -> int | list[float]:
@@ -149,6 +166,12 @@ class Gradients(Section):
         elif not value or any(not 0.0 <= f <= 1.0 for f in value) or len(set(value)) != len(value):
             raise ValueError("fractions must be distinct numbers between 0 and 1")
         return value
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Gradients:
+        if self.compile and self.layers != "last":
+            raise ValueError("compile is for layers last: hooks see nothing inside a compiled model")
+        return self
 
     @property
     def fractions(self) -> list[float]:
@@ -173,6 +196,13 @@ class Extract(Section):
         None, ge=1, description="CPU threads of one gradient actor; default: all cores, or 1 beside a GPU"
     )
     max_attempts: int = Field(3, ge=1, description="times a partition is tried before the run stops")
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and value != int(value):
+            raise ValueError("must be a whole number, or at most 1")
+        return value
 
 
 class Select(Section):
@@ -227,9 +257,14 @@ class Select(Section):
         return self
 
     @property
+    def rule(self) -> str:
+        """The strategy, or `own` for one that is named as module:name."""
+        return "own" if is_named(self.strategy) else self.strategy
+
+    @property
     def in_rounds(self) -> bool:
         """Whether the strategy looks at Delta, and so can be aimed anew."""
-        return self.rounds > 1 and self.strategy.startswith(("greedy", "topk"))
+        return self.rounds > 1 and self.rule.startswith(("greedy", "topk"))
 
 
 class Lora(Section):
@@ -441,7 +476,7 @@ class RunSpec(Section):
             raise ValueError(f"corpus.{name} are for language_modelling; use corpus.text")
         if self.task.kind == "language_modelling":
             wanted = {self.select.strategy, *self.retrain.strategies}
-            balanced = sorted(s for s in wanted if s.endswith("_balanced"))
+            balanced = sorted(s for s in wanted if s.endswith("_balanced") and not is_named(s))
             if balanced:
                 raise ValueError(f"{balanced[0]} balances labels, which language_modelling does not have")
         return self

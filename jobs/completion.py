@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Iterator
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import shtab
 
@@ -67,13 +67,11 @@ def _describe(action: argparse.Action) -> None:
 def _words(dest: str) -> Iterator[str]:
     """Values of a field of the spec that has a few, by its dotted name."""
     from engine.spec import RunSpec
+    from jobs.options import field_words
 
     fields: Any = RunSpec.model_fields
     *sections, last = dest.split(".")
     for part in sections:
         fields = getattr(getattr(fields.get(part), "annotation", None), "model_fields", {})
-    kind = getattr(fields.get(last), "annotation", None)
-    if get_origin(kind) is Literal:
-        yield from map(str, get_args(kind))
-    elif kind is bool:
-        yield from ("true", "false")
+    if last in fields:
+        yield from ("true", "false") if fields[last].annotation is bool else field_words(fields[last])

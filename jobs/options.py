@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 import yaml
 
 from engine.errors import UserError
+from engine.extend import OneOf
 from engine.spec import RunSpec, load_yaml_mapping
 
 
@@ -50,12 +51,19 @@ def _add_fields(parser: argparse._ActionsContainer, fields: dict[str, Any], pref
         )
 
 
+def field_words(field: Any) -> tuple[str, ...]:
+    """The words that a field takes, where it takes a few."""
+    if get_origin(field.annotation) is Literal:
+        return tuple(map(str, get_args(field.annotation)))
+    return next((note.words for note in field.metadata if isinstance(note, OneOf)), ())
+
+
 def _help(name: str, field: Any) -> str:
     """A field's description, the values it can have, and its default where that says anything."""
-    words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    words = field_words(field)
     known = None if field.is_required() else field.get_default(call_default_factory=True)
     parts = [field.description or name.replace("_", " ")]
-    parts += [f"one of {', '.join(map(str, words))}"] if words else []
+    parts += [f"one of {', '.join(words)}"] if words else []
     parts += [] if known is None or known is False or known in ([], {}) else [f"default: {known}"]
     return "; ".join(parts)
 

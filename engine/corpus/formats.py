@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from engine.corpus.sources import Source, cause, open_source, split_extension
 from engine.errors import UserError
+from engine.extend import is_named, load
 
 LINE_BYTES = 64 << 20
 """A longer line or csv record is broken: it bounds the memory that one can take."""
@@ -37,6 +38,9 @@ def file_records(source: Source, columns: tuple[str, ...]) -> Iterator[Record]:
     Raises:
         UserError: the file cannot be opened or breaks off, or a csv header lacks a column.
     """
+    if is_named(source.format):
+        read: Callable[[Source, tuple[str, ...]], Iterator[Record]] = load(source.format, "corpus.format")
+        return read(source, columns)
     if source.format == "jsonl":
         return _jsonl(source)
     if source.format == "csv":

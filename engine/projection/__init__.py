@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.errors import UserError
+from engine.extend import is_named, load
 from engine.projection.base import LayerShape, Projector, State
 from engine.projection.exact import Exact
 from engine.projection.factored import MANY, Factored
@@ -46,7 +47,7 @@ def choose_kind(kind: str, dim: int, layers: Sequence[LayerShape]) -> str:
             f"gradients.projector=factored is for {MANY} layers or more, whose errors average out, and "
             f"gradients.layers chose {len(layers)}: use tensorsketch or auto."
         )
-    if kind not in KINDS:
+    if kind not in KINDS and not is_named(kind):
         raise UserError(f"gradients.projector: no projector {kind!r}; choose auto, {', '.join(KINDS)}.")
     return kind
 
@@ -61,6 +62,7 @@ def make_projector(
     """The projector of that kind on `device`; the same arguments give the same map in every process.
 
     Args:
+        kind: one of KINDS, `auto`, or a Projector of one's own as `module:name` (`engine.extend`).
         dim: d; `exact` ignores it, its dim is the number of entries of all layers.
         layers: order matters: a layer's hashes depend on its index.
 
@@ -69,4 +71,6 @@ def make_projector(
     """
     if not layers:
         raise UserError("gradients.layers chose no layer to project: loosen the pattern.")
-    return KINDS[choose_kind(kind, dim, layers)](dim, seed, layers).to(device)
+    chosen = choose_kind(kind, dim, layers)
+    own: type[Projector] = load(chosen, "gradients.projector") if is_named(chosen) else KINDS[chosen]
+    return own(dim, seed, layers).to(device)

@@ -76,7 +76,7 @@ def test_huge_and_tiny_gradients_neither_overflow_nor_vanish(scale):
     assert chosen.objective == pytest.approx([1.0, 1.6 / math.hypot(1.6, 0.8)])
 
 
-@pytest.mark.parametrize("strategy", Select.model_fields["strategy"].annotation.__args__)
+@pytest.mark.parametrize("strategy", Select.model_fields["strategy"].metadata[0].words)
 def test_every_strategy_returns_distinct_valid_rows_and_the_true_objective(case, strategy):
     rows, columns = case
     seen = []
