@@ -137,18 +137,18 @@ def _part(group: int) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _encoder_of(base: str, finetuned: str | None, remote: bool, task: str, scope: Any, chat: bool) -> Any:
+def _encoder_of(base: str, template_of: str | None, remote: bool, task: str, scope: Any, chat: bool) -> Any:
     from engine.encode import Encoder
     from engine.models import load_tokenizer
     from engine.spec import Task
 
-    return Encoder(load_tokenizer(base, remote, finetuned), Task.model_validate_json(task), scope, chat)
+    return Encoder(load_tokenizer(base, remote, template_of), Task.model_validate_json(task), scope, chat)
 
 
 def _encoder(job: TrainJob) -> Any:
     """The job's encoder, made once a process."""
     task = job.task.model_dump_json()
-    return _encoder_of(job.base, job.finetuned, job.trust_remote_code, task, job.scope, job.chat)
+    return _encoder_of(job.base, job.template_of, job.trust_remote_code, task, job.scope, job.chat)
 
 
 def _shared_vocabulary(job: TrainJob) -> int:
@@ -164,7 +164,7 @@ def _print(job: TrainJob, documents: str, soft: bool) -> str:
     """sha256 (hex) of all that the encoded documents depend on."""
     fields: dict[str, Any] = {
         "documents": document_hash(documents),
-        "tokenizer": [_tokenizer_hash(folder) for folder in (job.base, job.finetuned) if folder],
+        "tokenizer": [_tokenizer_hash(folder) for folder in (job.base, job.template_of) if folder],
         "task": job.task.model_dump(mode="json"),
         "scope": job.scope,
         "chat": job.chat,

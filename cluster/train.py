@@ -74,6 +74,11 @@ class TrainJob:
     trajectory: str | None = None
 
     @property
+    def template_of(self) -> str | None:
+        """The model whose chat template serves where the base has none."""
+        return self.finetuned if self.chat else None
+
+    @property
     def judged_on(self) -> str | None:
         """The validation documents, if this training is judged on any."""
         return self.validation if self.retrain.judges else None

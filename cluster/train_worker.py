@@ -87,7 +87,7 @@ def _train_one(
     context = get_context()
     world = context.get_world_size()
     with agree():
-        tokenizer = load_tokenizer(job.base, job.trust_remote_code, job.finetuned)
+        tokenizer = load_tokenizer(job.base, job.trust_remote_code, job.template_of)
         encoder = Encoder(tokenizer, job.task, job.scope)
         examples = StoredExamples(stored[0])
         validation = StoredExamples(stored[1]) if stored[1] is not None else None

@@ -339,7 +339,7 @@ def _check_packing(stepper: Stepper, plan: _Plan) -> None:
     pair = plan.examples.take(order[[0, -1]])
     probes = [pair, replace(pair, tokens=pair.tokens.copy())]
     start, stop = pair.offsets[:2]
-    probes[1].tokens[start:stop] = pair.tokens[start:stop][::-1]
+    probes[1].tokens[start:stop] = (pair.tokens[start:stop] + 1) % (pair.tokens.max() + 1)
     seen = []
     for probe in probes:
         torch.manual_seed(0)  # equal dropout, if any

@@ -337,6 +337,27 @@ def test_early_stopping_keeps_the_best_epoch(tiny_base: str, encoder: Encoder, e
     assert kept["accuracy"] == max(epoch["accuracy"] for epoch in result["validation"])
 
 
+def test_judging_between_epochs_keeps_the_best_moment_and_its_patience_counts_judgements(
+    tiny_base: str, encoder: Encoder, examples: Ragged
+) -> None:
+    """With wrong labels to judge by every step makes it worse: the first judgement is the best."""
+    wrong = table(30, seed=9)
+    shifted = pa.array([(label + 1) % 4 for label in wrong["label"].to_pylist()])
+    held_out = load_examples(wrong.set_column(1, "label", shifted), encoder)
+    changes = {"eval_steps": 2, "early_stopping": True, "patience": 2, "schedule": "constant"}
+    retrain = recipe(epochs=9, learning_rate=3e-3, **changes)
+    model = load_model(tiny_base, torch.float32)
+    result = train_plain(model, examples, retrain, 0, encoder.label_ids, held_out)
+    best, steps = result["best"], [judged["step"] for judged in result["validation"]]
+    assert steps == list(range(2, 2 * len(steps) + 1, 2))
+    assert len(steps) == best + 3 < 9 * 5 // 2, "it stopped after two judgements without a better"
+    assert result["steps"] == steps[-1]
+    with torch.no_grad():
+        batch = pad(held_out, np.arange(len(held_out)))
+        kept = document_losses(model, batch, encoder.label_ids).mean().item()
+    assert kept == pytest.approx(result["validation"][best]["loss"], rel=1e-4)
+
+
 def test_a_diverging_training_is_the_users_to_mend(
     tiny_base: str, encoder: Encoder, examples: Ragged
 ) -> None:
