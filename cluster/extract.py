@@ -109,7 +109,7 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
             )
             .map(
                 WritePartition,
-                fn_constructor_args=(job, "cuda" if gpus else "cpu", attempts),
+                fn_constructor_args=(job, device_of(gpus), attempts),
                 compute=_pool(settings.workers_min, settings.workers_max, CALLS),
                 num_cpus=cpus,
                 num_gpus=gpus or None,
@@ -128,6 +128,11 @@ def actor_resources(settings: Extract, threads: int) -> tuple[float, float]:
     gpus = gpus_per_worker(settings.gpus_per_worker)
     cpus = settings.cpus_per_worker or (1 if gpus else max(0.5, threads - 2 * ENCODE_CPUS))
     return cpus, gpus
+
+
+def device_of(gpus: float) -> str:
+    """Where an actor with so many GPUs puts its model; on more than one it is spread over them."""
+    return "auto" if gpus > 1 else "cuda" if gpus else "cpu"
 
 
 def actors(job: ExtractJob) -> int:

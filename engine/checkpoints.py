@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors import safe_open
 
 from engine.errors import UserError
 from engine.models import load_config, load_tokenizer, require_safetensors, shards
+from engine.placement import is_packed, pack, weights
 
 CHUNK_BYTES = 64 << 20
 
@@ -26,8 +28,10 @@ class Endpoints:
     """The two models, tensor by tensor, without loading either.
 
     Args:
-        base, finetuned: folders of safetensors with equal architectures. A vocabulary that one of them
-            extends is compared on the shared rows.
+        base: theta_0's folder of safetensors.
+        finetuned: theta_f's, of the same architecture. A vocabulary that one of them extends is compared on
+            the shared rows.
+        trust_remote_code: run Python code that the folders ship.
 
     Raises:
         UserError: the models do not match; the message says what differs.
@@ -115,26 +119,35 @@ class Endpoints:
 
     @torch.no_grad()
     def interpolate(self, model: transformers.PreTrainedModel, fraction: float) -> None:
-        """Write theta_0 + fraction (theta_f - theta_0) into `model`; rows only one model has stay as they are."""
+        """Write theta_0 + fraction (theta_f - theta_0) into `model`; rows only one model has stay as they are.
+
+        A spread model's weights are computed on the device that holds each; packed ones are packed anew.
+        """
         aliases = embedding_names(model)
-        for name, parameter in model.named_parameters():
-            a, b = self.rows(name, aliases.get(name))
-            n = min(a.get_shape()[0], b.get_shape()[0])
-            step = max(1, CHUNK_BYTES // (4 * max(1, parameter[:1].numel())))
+        for name, weight in weights(model):
+            views = self.rows(name, aliases.get(name))
+            shape = views[0].get_shape()
+            if is_packed(weight):
+                pack(model, name, _between(*views, slice(0, shape[0]), fraction, weight.device))
+                continue
+            n = min(shape[0], views[1].get_shape()[0])
+            step = max(1, CHUNK_BYTES // (4 * max(1, math.prod(shape[1:]))))
             for start in range(0, n, step):
-                stop = min(n, start + step)
-                zero, final = a[start:stop], b[start:stop]
-                if fraction == 1.0:
-                    value = final
-                elif fraction == 0.0:
-                    value = zero
-                else:
-                    value = torch.lerp(zero.float(), final.float(), fraction)
-                parameter[start:stop].copy_(value)
+                rows = slice(start, min(n, start + step))
+                weight[rows].copy_(_between(*views, rows, fraction, weight.device))
 
     def hashes(self) -> dict[str, str]:
         """sha256 over the weight files of each endpoint, in order of file name."""
         return {"base": _hash_files(self._files[0]), "finetuned": _hash_files(self._files[1])}
+
+
+def _between(base: Any, finetuned: Any, rows: slice, fraction: float, device: torch.device) -> torch.Tensor:
+    """theta_0 + fraction (theta_f - theta_0) of some rows; in float32 unless it is one of the two."""
+    if fraction in (0.0, 1.0):
+        return (finetuned if fraction else base)[rows]
+    # on the model's device: a GPU reads the files' type, half the bytes, and is faster
+    zero, final = (view[rows].to(device).float() for view in (base, finetuned))
+    return torch.lerp(zero, final, fraction)
 
 
 def embedding_names(model: transformers.PreTrainedModel) -> dict[str, str]:

@@ -22,7 +22,8 @@ from engine.encode import IGNORE, Encoder, Ragged
 from engine.labels import best_labels
 from engine.last_layer import LastLayer, Result
 from engine.layers import LayerHooks
-from engine.models import Head, check_head, find_head, hidden_states, load_model, torch_dtype
+from engine.models import Head, check_head, compile_body, find_head, hidden_states, load_model, torch_dtype
+from engine.placement import Place, entry_device
 from engine.projection import Projector
 from engine.spec import RunSpec
 from engine.target import Target
@@ -73,36 +74,38 @@ class GradientEngine:
         encoder: gives label ids and the loss scope.
         target: the chosen layers and the projector.
         spec: sections task, gradients and models are read.
-        device: where the working model lives.
+        device: where the working model lives: a device, "auto" (spread over all of this process), or a device_map.
 
     Raises:
         UserError: the model does something to its logits that `Head` does not know.
     """
 
     def __init__(
-        self, endpoints: Endpoints, encoder: Encoder, target: Target, spec: RunSpec, device: str = "cpu"
+        self, endpoints: Endpoints, encoder: Encoder, target: Target, spec: RunSpec, device: Place = "cpu"
     ) -> None:
-        self.endpoints, self.encoder, self.target, self.spec, self.device = (
-            endpoints,
-            encoder,
-            target,
-            spec,
-            device,
-        )
+        self.endpoints, self.encoder, self.target, self.spec = endpoints, encoder, target, spec
         self.fractions = spec.gradients.fractions
         self.model = load_model(
-            endpoints.finetuned, torch_dtype(spec.gradients.dtype), device, spec.models.trust_remote_code
+            endpoints.finetuned,
+            torch_dtype(spec.gradients.dtype),
+            device,
+            spec.models.trust_remote_code,
+            spec.models.load_in,
         ).requires_grad_(False)
+        self.device = entry_device(self.model, device)
         self.at: float = 1.0
         self.head: Head = find_head(self.model)
         check_head(self.model, self.head)
+        if spec.gradients.compile:
+            compile_body(self.model)
         self.classifies = spec.task.kind == "classification"
-        self.label_ids = torch.tensor(encoder.label_ids, dtype=torch.int64, device=device)
+        self.home = self.head.weight.device  # where the head is, of a model that is spread over devices
+        self.label_ids = torch.tensor(encoder.label_ids, dtype=torch.int64, device=self.home)
         self.hooked = [layer.name for layer in target.layers] != [self.head.name]
-        self.projector: Projector = target.projector(device)
+        self.projector: Projector = target.projector(self.home)
         self._on_device = functools.cache(self.projector.to)
         self._last_layer = self._make_last_layer()
-        self.batches = Batches(device, spec.gradients.tokens_per_batch or self._tokens_that_fit())
+        self.batches = Batches(self.device, spec.gradients.tokens_per_batch or self._tokens_that_fit())
 
     @property
     def tokens_per_batch(self) -> int:
@@ -125,7 +128,7 @@ class GradientEngine:
     def _head_delta(self) -> torch.Tensor:
         """Delta of the last layer, (rows, cols) float32, for exact alignments."""
         chunks = [chunk for _, chunk in self.target.delta(self.endpoints, self.target.layers[0])]
-        return torch.cat(chunks).to(self.device)
+        return torch.cat(chunks).to(self.home)
 
     @torch.inference_mode()
     def _tokens_that_fit(self) -> int:
@@ -179,7 +182,8 @@ class GradientEngine:
         results = _Results(keep)
 
         def work(batch: LossBatch) -> None:
-            given = torch.from_numpy(label[batch.members].astype(np.int64)).to(self.device)
+            batch = batch.map(lambda tensor: tensor.to(self.home))
+            given = torch.from_numpy(label[batch.members].astype(np.int64)).to(self.home)
             result = Result.empty(len(batch.counts), self.projector.dim, given)
             if self.hooked:
                 self._with_hooks(batch, result)
@@ -228,7 +232,7 @@ class GradientEngine:
     def _loss_states(self, batch: LossBatch) -> torch.Tensor:
         """States that predict a loss token, (tokens, hidden)."""
         states = hidden_states(self.model, batch.input_ids)
-        return states.flatten(0, 1)[batch.index]
+        return states.flatten(0, 1)[batch.index.to(states.device)].to(self.home)
 
     def _targets(self, batch: LossBatch, hidden: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """Rows of the softmax that are to be predicted, (tokens,) int64; at theta_f labels are found, into `label`."""

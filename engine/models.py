@@ -20,6 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import UserError, first_line
+from engine.placement import Place, check_placed, loading_options
+from engine.spec import LoadIn
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,22 @@ def load_config(path: str, trust_remote_code: bool = False) -> Any:
 def load_model(
     path: str,
     dtype: torch.dtype = torch.bfloat16,
-    device: str | torch.device = "cpu",
+    device: Place = "cpu",
     trust_remote_code: bool = False,
+    load_in: LoadIn = "none",
 ) -> transformers.PreTrainedModel:
     """A causal language model in evaluation mode, from a folder of safetensors.
+
+    Args:
+        device: a device, "auto" (spread over all devices of this process) or a device_map.
+        load_in: weights of linear layers packed to 8 or 4 bits by bitsandbytes, the head apart.
 
     Raises:
         UserError: no config, no safetensors, a corrupt file, or an architecture transformers does not know.
     """
     require_safetensors(path)
     load_config(path, trust_remote_code)
+    placed = loading_options(device, load_in, dtype)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path,
@@ -129,10 +137,14 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             attn_implementation="sdpa",
+            **placed,
         )
     except (OSError, ValueError, KeyError, SafetensorError, ImportError) as error:
         raise UserError(f"cannot load the model in {path}: {first_line(error)}.") from None
-    return model.to(device).eval()
+    if not placed:
+        return model.to(device).eval()
+    check_placed(model, device)
+    return model.eval()
 
 
 def find_head(model: transformers.PreTrainedModel) -> Head:
@@ -172,6 +184,18 @@ def hidden_states(
     """
     positions = {} if position_ids is None else {"position_ids": position_ids}
     return model.base_model(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+
+
+def compile_body(model: transformers.PreTrainedModel) -> None:
+    """Have torch.compile fuse what `hidden_states` runs; documents and lengths stay free.
+
+    Raises:
+        UserError: on a CPU without a C++ compiler.
+    """
+    on_cpu = model.device.type == "cpu"
+    if on_cpu and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        raise UserError("gradients.compile needs a C++ compiler on a CPU: install g++, or leave it out.")
+    model.base_model.compile(dynamic=True)
 
 
 @torch.no_grad()
@@ -246,11 +270,18 @@ def resolve(
     if os.path.isfile(f"{folder}/adapter_config.json"):
         return _merge_adapter(folder, target, base, trust_remote_code)
     require_safetensors(folder)
+    packing = getattr(load_config(folder, trust_remote_code), "quantization_config", None)
+    if packing and packing.get("quant_method") == "bitsandbytes":
+        return _unpack(folder, target, trust_remote_code)
     return folder
 
 
 CONVERTED = "converted.json"
 """Note in a converted model's folder: what it was made of."""
+
+
+QUANTISED = "quantised.json"
+"""Note in a dequantised model's folder: how it had been quantised."""
 
 
 def _origin(files: list[str], base: str | None) -> str:
@@ -318,7 +349,9 @@ def written_whole(target: str, notes: dict[str, str] | None = None) -> Iterator[
 
 
 def is_quantised(path: str) -> bool:
-    """Whether the folder's config says that its weights are quantised, so that Delta is partly noise."""
+    """Whether the folder's weights are quantised, or once were, so that Delta is partly noise."""
+    if os.path.isfile(os.path.join(path, QUANTISED)):
+        return True
     return getattr(load_config(path), "quantization_config", None) is not None
 
 
@@ -336,6 +369,21 @@ def shards(path: str) -> dict[str, str]:
     return found
 
 
+def _unpack(folder: str, target: str, trust_remote_code: bool) -> str:
+    """A bitsandbytes folder, 8 or 4 bits, dequantised to float32 in `target`."""
+    files = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".safetensors")]
+    origin = _origin(files, None)
+    if _converted(target, origin):
+        return target
+    model = load_model(folder, torch.float32, {"": "cpu"}, trust_remote_code)
+    packing = model.config.quantization_config.to_dict()
+    model = model.dequantize(dtype=torch.float32)
+    _forget_quantisation(model)
+    notes = {CONVERTED: origin, QUANTISED: json.dumps(packing, default=str)}
+    save(model, load_tokenizer(folder, trust_remote_code), target, notes=notes)
+    return target
+
+
 def _from_gguf(source: str, target: str) -> str:
     if not os.path.isfile(source):
         raise UserError(f"GGUF file {source} does not exist.")
@@ -350,13 +398,17 @@ def _from_gguf(source: str, target: str) -> str:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"cannot read the GGUF file {source}: {first_line(error)}.") from None
-    # transformers counts the dequantised model as quantised and refuses to save it until told otherwise.
+    _forget_quantisation(model)
+    save(model, tokenizer, target, notes={CONVERTED: origin})
+    return target
+
+
+def _forget_quantisation(model: transformers.PreTrainedModel) -> None:
+    """transformers counts a dequantised model as quantised and refuses to save it until told otherwise."""
     model.config.quantization_config = None
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    save(model, tokenizer, target, notes={CONVERTED: origin})
-    return target
 
 
 def _dequantised() -> dict[str, Any]:

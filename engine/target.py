@@ -5,6 +5,7 @@ Computed once, from the endpoints' files and a model without weights, so no larg
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -13,13 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 from engine.checkpoints import Endpoints, embedding_names
 from engine.errors import UserError
 from engine.layers import matching_layers
 from engine.models import find_head, load_config
+from engine.placement import packing_error
 from engine.projection import LayerShape, Projector, choose_kind, make_projector
-from engine.spec import RunSpec
+from engine.spec import LoadIn, RunSpec
 
 EXACT_LIMIT = 1 << 18
 """Largest exact gradient stored; beyond it a row is more than a megabyte."""
@@ -47,7 +50,7 @@ class Target:
     head: str
     vocab: int
 
-    def projector(self, device: str = "cpu") -> Projector:
+    def projector(self, device: torch.device | str = "cpu") -> Projector:
         """The one projector of the run, on a device."""
         return make_projector(self.kind, self.dim, self.seed, self.layers, device=device)
 
@@ -64,6 +67,12 @@ class Target:
             for _, *pair in endpoints.chunks(layer.name, self.aliases.get(layer.name), only):
                 square += sum(rounding_noise(pair[side]) for side in sides)
         return square**0.5
+
+    def packing(self, endpoints: Endpoints, load_in: LoadIn) -> float:
+        """Norm of what packing the fine-tuned model to 8 or 4 bits changes in the chosen layers, head apart."""
+        layers = [layer for layer in self.layers if layer.name != self.head]
+        chunks = (final for layer in layers for _, _, final in endpoints.chunks(layer.name))
+        return sum(packing_error(final, load_in) for final in chunks) ** 0.5
 
     def project(self, endpoints: Endpoints) -> tuple[npt.NDArray[np.float64], float]:
         """Projected Delta (dim,) float64 and ||Delta|| before projection.
@@ -123,6 +132,11 @@ def choose_target(spec: RunSpec, endpoints: Endpoints, label_ids: list[int]) -> 
         model = transformers.AutoModelForCausalLM.from_config(
             config, trust_remote_code=spec.models.trust_remote_code
         )
+    if spec.models.load_in != "none" and any(isinstance(module, Conv1D) for module in model.modules()):
+        raise UserError(
+            f"models.load_in={spec.models.load_in}: {type(model).__name__} has no plain linear layers to pack: "
+            "use models.load_in=none."
+        )
     head = find_head(model)
     restricted = bool(label_ids) and spec.task.label_softmax == "restricted"
     rows = len(label_ids) if restricted else endpoints.vocab
@@ -153,7 +167,10 @@ def _unmoved(layers: str, changed: dict[str, float]) -> str:
     if not changed:
         return "the two models have equal weights: there is nothing to explain; check models.finetuned."
     some = ", ".join(list(changed)[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+    # q_proj, up_proj, ...: the last part of a linear layer's name, without .weight
+    kinds = sorted({re.escape(name.split(".")[-2]) for name in changed if name.endswith(".weight")})
+    pattern = f" or gradients.layers='({'|'.join(kinds)})$'" if 0 < len(kinds) <= 8 else ""
     return (
         f"the fine-tuned model equals the base on the chosen layers ({layers}); the layers that changed are "
-        f"{some}: set gradients.layers=all_linear, or a regular expression that matches them."
+        f"{some}: set gradients.layers=all_linear{pattern}, which picks them."
     )

@@ -73,6 +73,7 @@ def _inputs(job: Job, plan: Plan) -> dict[str, Any]:
         "models.base": hashes["base"],
         "models.finetuned": hashes["finetuned"],
         "corpus": plan.fingerprint,
+        "models.load_in": job.spec.models.load_in,
         **job.section("task"),
         "task.loss_scope": job.spec.loss_scope,
         **job.section("gradients"),
@@ -241,4 +242,11 @@ def _warn_models(job: Job, target: Target, delta_norm: float) -> None:
             STAGE,
             f"{names} quantised: rounding noise of about {share:.0%} of Delta's norm on the chosen layers is to "
             "be expected.",
+        )
+    if models.load_in != "none":
+        share = target.packing(endpoints, models.load_in) / max(delta_norm, 1e-30)
+        job.progress.warn(
+            STAGE,
+            f"models.load_in={models.load_in}: gradients are taken at weights that rounding moves by {share:.0%} of "
+            "what fine-tuning moved them, on the chosen layers; Delta is that of the files.",
         )
