@@ -527,7 +527,8 @@ def load_yaml_mapping(text: str, where: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{where} is not valid YAML{line}: {getattr(error, 'problem', error)}.") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{where} is not valid YAML{line}: {problem}.") from None
     if fields is None:
         return {}
     if not isinstance(fields, dict):

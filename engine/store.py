@@ -20,7 +20,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.gradients import PartitionGradients
 from engine.rows import RowBlock
 from engine.rundir import DONE, LAYOUT, STORE, RunDir, fingerprint
@@ -116,8 +116,7 @@ class GradientStore:
         if not run.exists(f"{STORE}/zarr.json"):
             raise UserError(f"{run.uri} has no gradient store: run `unbake extract` first.")
         with _sound(run):
-            group = _open_group(run, "r+" if writable else "r")
-        return cls(run, group)
+            return cls(run, _open_group(run, "r+" if writable else "r"))
 
     def write(
         self,
@@ -269,12 +268,14 @@ class GradientStore:
 
 @contextlib.contextmanager
 def _sound(run: RunDir) -> Iterator[None]:
-    """What Zarr says of a damaged chunk (a ValueError that names nothing) as one sentence."""
+    """What Zarr says of a damaged chunk or layout (an error of any type, that names nothing) as one sentence."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(
-            f"the store {run.path(STORE)} is damaged or unreadable ({str(error).splitlines()[0].rstrip('.')}): "
+            f"the store {run.path(STORE)} is damaged or unreadable ({first_line(error)}): "
             f"`unbake verify {run.uri}` says which part, and has just that made anew."
         ) from None
 

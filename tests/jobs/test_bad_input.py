@@ -50,7 +50,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("Ray was asked for")
 
-    for module in ("extract", "recover", "retrain"):
+    for module in ("extract", "pipeline", "retrain"):
         monkeypatch.setattr(f"jobs.{module}.session", refuse)
 
 
