@@ -16,6 +16,7 @@ from engine.encode import Encoder
 from engine.errors import UserError
 from engine.gradients import GradientEngine, PartitionGradients
 from engine.models import load_model, load_tokenizer
+from engine.projection import Projector, make_projector
 from engine.spec import RunSpec
 from engine.target import choose_target
 
@@ -215,3 +216,60 @@ def test_non_finite_gradients_quarantine_their_document_alone(pair: tuple[str, s
     assert len(bad.problems) < len(TEXTS)
     clean = [i for i in range(len(TEXTS)) if i not in bad.problems]
     np.testing.assert_array_equal(bad.features[:, clean], good.features[:, clean])
+
+
+def test_projected_delta_agrees_with_the_exact_alignment_within_the_predicted_error(
+    pair: tuple[str, str],
+) -> None:
+    """Over seeds, <P G, P Delta> - <G, Delta> has mean 0 and no more variance than TensorSketch promises."""
+    seeds, dim, n = 120, 128, 6
+    task = {**MODEL, "loss_scope": "last_token"}
+    exact = make_engine(make_spec(pair, task))
+    encoded = exact.encoder.encode(TEXTS[:n])
+    found = exact.run(encoded)
+    shape = exact.target.layers[0]
+    gradients = torch.from_numpy(rows(found)).reshape(n, shape.rows, shape.cols)
+    delta = torch.from_numpy(exact.target.project(exact.endpoints)[0]).reshape(shape.rows, shape.cols)
+    maps = [make_projector("tensorsketch", dim, seed, [shape]) for seed in range(seeds)]
+
+    def projected(projector: Projector, matrix: torch.Tensor) -> torch.Tensor:
+        return projector.project_matrix(0, [(0, matrix.float())])
+
+    # What a run stores under seed 0 is this very map; the map is then tried under many seeds.
+    engine = make_engine(make_spec(pair, task, projector="tensorsketch", dim=dim))
+    own = torch.stack([projected(maps[0], g) for g in gradients])
+    assert np.abs(rows(engine.run(encoded)) - own.numpy()).max() <= 2e-3 * own.abs().max()
+    stored = engine.target.project(engine.endpoints)[0]
+    np.testing.assert_allclose(stored, projected(maps[0], delta), rtol=1e-5, atol=1e-5)
+    inner = [torch.stack([projected(m, g) for g in gradients]) @ projected(m, delta) for m in maps]
+    errors = torch.stack(inner) - torch.from_numpy(found.alignment[0].astype(np.float64))
+    bound = torch.stack([_variance_bound(g, delta, dim) for g in gradients])
+    share = errors.square().mean(0) / bound
+    # Standard error of a mean of squares: sqrt((kurtosis - 1) / seeds), with a kurtosis of at most about 6.
+    assert (share <= 1 + 5 * np.sqrt(5 / seeds)).all()
+    assert share.max() >= 0.3  # the promise says something
+    assert (errors.mean(0).abs() <= 5 * (bound / seeds).sqrt()).all()
+
+
+def _variance_bound(x: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tensor:
+    """The bound of TensorSketch's docstring for one layer."""
+    norms = x.square().sum() * y.square().sum()
+    bound = norms + (x * y).sum() ** 2
+    for product in (x @ y.T, x.T @ y):
+        bound += (product * product).sum() + (product * product.T).sum()
+    return bound / dim + 4 * norms / dim**2
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_gradients_at_every_checkpoint(pair: tuple[str, str]) -> None:
+    plain = run(make_spec(pair, CLASSIFY, checkpoints=2))
+    compiled = run(make_spec(pair, CLASSIFY, checkpoints=2, compile=True))
+    np.testing.assert_array_equal(compiled.label, plain.label)
+    for j in range(2):
+        expected = rows(plain, j)
+        np.testing.assert_allclose(rows(compiled, j), expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+
+
+def test_compiling_is_for_the_last_layer(pair: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match=r"compile is for layers last"):
+        make_spec(pair, CLASSIFY, compile=True, layers="all_linear")
