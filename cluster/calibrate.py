@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import psutil
 import ray
 
-from cluster.extract import ExtractJob, actor_resources, actors, encoder_of, encoders
+from cluster.extract import ExtractJob, actor_resources, actors, device_of, encoder_of, encoders
 from engine.calibrate import Calibration, calibrate
 from engine.checkpoints import Endpoints
 from engine.errors import UserError
@@ -34,7 +34,7 @@ def measure(job: ExtractJob, seconds: float) -> Measured:
     cpus, gpus = actor_resources(job.spec.extract, job.threads)
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_measure)
     sent = time.time()
-    measured: Measured | str = ray.get(remote.remote(job, "cuda" if gpus else "cpu", seconds, sent))
+    measured: Measured | str = ray.get(remote.remote(job, device_of(gpus), seconds, sent))
     if isinstance(measured, str):
         raise UserError(measured)
     return measured
@@ -46,7 +46,7 @@ def _measure(job: ExtractJob, device: str, seconds: float, sent: float) -> Measu
     start = time.time() - sent
     torch.set_num_threads(job.threads)
     memory = psutil.virtual_memory().available
-    device_memory = torch.cuda.mem_get_info()[0] if device == "cuda" else 0
+    device_memory = torch.cuda.mem_get_info()[0] if device != "cpu" else 0
     try:
         endpoints = Endpoints(job.base, job.finetuned, job.spec.models.trust_remote_code)
         scratch = RunDir(f"{job.run_uri}/{SCRATCH}")
@@ -58,7 +58,9 @@ def _measure(job: ExtractJob, device: str, seconds: float, sent: float) -> Measu
     return Measured(found, start, memory, device_memory)
 
 
-def machine(job: ExtractJob, start: float, memory: int, device_memory: int, disk: int | None) -> Machine:
+def machine(
+    job: ExtractJob, session: float, start: float, memory: int, device_memory: int, disk: int | None
+) -> Machine:
     """The connected cluster as a run would use it."""
     _, gpus = actor_resources(job.spec.extract, job.threads)
     return Machine(
@@ -66,6 +68,7 @@ def machine(job: ExtractJob, start: float, memory: int, device_memory: int, disk
         workers=min(actors(job), max(1, job.plan.n_partitions)),
         gpu=gpus > 0,
         encoders=encoders(job, job.plan.n_partitions),
+        session=session,
         start=start,
         memory=memory,
         device_memory=device_memory,

@@ -34,14 +34,16 @@ class Machine:
     """Where a run takes place.
 
     cpus: of all workers together. workers: gradient actors at a time; gpu: whether each has one. encoders:
-    encode actors. start: seconds until the first worker runs. memory, device_memory: bytes free on a node, and
-    on a GPU (0 without); disk: bytes free where the run is, None where nobody knows (object stores).
+    encode actors. session: seconds that Ray takes to start; start: a worker, libraries included. memory,
+    device_memory: bytes free on a node, and on a GPU (0 without); disk: bytes free where the run is, None where
+    nobody knows (object stores).
     """
 
     cpus: float
     workers: int
     gpu: bool
     encoders: int
+    session: float
     start: float
     memory: int
     device_memory: int
@@ -124,7 +126,8 @@ def extraction_seconds(spec: RunSpec, documents: int, c: Calibration, machine: M
     cpu = actor.cpu + encoder.cpu
     partitions = documents / rows
     binding = max(actor.wall / machine.workers, encoder.wall / machine.encoders, cpu / machine.cpus)
-    return machine.start + PIPELINE_START + c.load + partitions * binding
+    together = max(1.0, (machine.workers + machine.encoders) / machine.cpus)  # they load their libraries
+    return machine.session + PIPELINE_START + machine.start * together + c.load + partitions * binding
 
 
 def partition_cost(spec: RunSpec, c: Calibration) -> Cost:
@@ -241,7 +244,7 @@ def _stages(
     if c is not None:
         extract = extraction_seconds(spec, documents, c, machine) / 3600
         select = selection_seconds(spec, documents, c) / 3600
-        retrain = (machine.start + training_seconds(spec, c)) / 3600
+        retrain = (machine.session + machine.start + training_seconds(spec, c)) / 3600
     if rate is not None:
         extract = documents / (rate * machine.workers) / 3600
     devices = machine.workers if machine.gpu else machine.cpus

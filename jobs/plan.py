@@ -96,18 +96,14 @@ def plan(
     began = time.perf_counter()
     with session(job.spec.ray, job.verbose):
         work = _work(job, ready)
-        start, memory, device_memory = time.perf_counter() - began, _memory(), 0
+        ray_start, start, memory, device_memory = time.perf_counter() - began, 0.0, _memory(), 0
         calibration: Calibration | None = None
         if rate is None:
             job.progress.say(f"calibrating for about {seconds:g} seconds")
             measured = cluster.calibrate.measure(work, seconds)
-            calibration, memory, device_memory = (
-                measured.calibration,
-                measured.memory,
-                measured.device_memory,
-            )
-            start += measured.start
-        machine = cluster.calibrate.machine(work, start, memory, device_memory, _free_disk(job))
+            calibration, start = measured.calibration, measured.start
+            memory, device_memory = measured.memory, measured.device_memory
+        machine = cluster.calibrate.machine(work, ray_start, start, memory, device_memory, _free_disk(job))
     if workers is not None:
         machine = _scaled(machine, workers)
     shape = StoreShape(

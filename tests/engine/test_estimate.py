@@ -31,7 +31,15 @@ from engine.store import GradientStore, StoreShape
 
 SIZE = ModelSize(parameters=7_500_000_000, trained=7_500_000_000, hidden=4096, depth=32)
 MACHINE = Machine(
-    cpus=8, workers=4, gpu=True, encoders=2, start=10, memory=64 << 30, device_memory=80 << 30, disk=1 << 40
+    cpus=8,
+    workers=4,
+    gpu=True,
+    encoders=2,
+    session=3,
+    start=10,
+    memory=64 << 30,
+    device_memory=80 << 30,
+    disk=1 << 40,
 )
 MEASURED = Calibration(
     documents=1000,
@@ -110,7 +118,9 @@ def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
 
 def test_more_actors_help_until_something_else_binds() -> None:
     def hours(workers: int, encoders: int) -> float:
-        machine = dataclasses.replace(MACHINE, workers=workers, encoders=encoders, cpus=1000, start=0)
+        machine = dataclasses.replace(
+            MACHINE, workers=workers, encoders=encoders, cpus=10_000, session=0, start=0
+        )
         free = dataclasses.replace(MEASURED, load=0)
         return extraction_seconds(spec(), 10_000_000, free, machine) - PIPELINE_START
 
