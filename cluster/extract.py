@@ -173,9 +173,12 @@ def _rows(stream: ray.data.Dataset, attempts: Any, limit: int) -> Iterator[dict[
         ray.kill(attempts)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Attempts:
-    """Counts how often work on each partition was begun and not ended: it names one that kills its workers."""
+    """Counts how often work on each partition was begun and not ended: it names one that kills its workers.
+
+    It may be on a node that is lost; it begins anew then, and at worst a name is missing from a sentence.
+    """
 
     def __init__(self) -> None:
         self._begun: collections.Counter[int] = collections.Counter()
