@@ -300,13 +300,16 @@ def run_one(config: Path) -> dict[str, Any]:
 # --- all sizes ----------------------------------------------------------------------------------------------
 
 
-def measure(sizes: tuple[int, ...], folder: Path, picks: int, shards: int) -> list[dict[str, Any]]:
+def measure(
+    sizes: tuple[int, ...], folder: Path, picks: int, shards: int, calibration: int
+) -> list[dict[str, Any]]:
     """Two processes a size, one after the other: what `unbake plan` expects, and the run."""
     results = []
     for documents in sizes:
         config, out = write_spec(documents, folder, picks, shards), folder / f"{documents}.json"
         expected = folder / f"{documents}-plan.json"
         plan = [sys.executable, "-m", "jobs", "plan", "--config", str(config), "--json", str(expected), "-q"]
+        plan += ["--seconds", str(calibration)]
         subprocess.run(plan, check=True, stdout=subprocess.DEVNULL, cwd=REPOSITORY)
         shutil.rmtree(folder / f"run-{documents}")
         subprocess.run([sys.executable, __file__, "--one", str(config), "--json", str(out)], check=True)
@@ -404,7 +407,7 @@ def main() -> None:
     sizes = tuple(options.documents or (QUICK if options.quick else DEFAULT))
     folder = options.folder or Path(tempfile.mkdtemp(prefix="unbake-million-"))
     try:
-        results = measure(sizes, folder, options.picks, options.shards)
+        results = measure(sizes, folder, options.picks, options.shards, 10 if options.quick else 30)
     finally:
         if options.folder is None:
             shutil.rmtree(folder)
