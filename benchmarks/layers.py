@@ -12,6 +12,8 @@ On real text and SmolLM2-135M:
              with the factored projector to 4096 numbers, and bergson's `collect_gradients` (its build without
              loading the model), projection_dim 16, in turns, each in a process of its own that waits meanwhile.
              PYTHON is an interpreter that has bergson: its dependencies are not ours.
+    between  seconds to write the checkpoint half-way from base to fine-tuned into a model on one device, spread
+             by accelerate, packed to 8 and to 4 bits.
     error    standard deviation, over pairs of documents and seeds, of projected inner products, relative to the
              norms and times sqrt(d) (an ideal dense projection: 1), on real gradients of the same model.
 """
@@ -274,6 +276,29 @@ def every_layer(
     }
 
 
+# --- checkpoints between the endpoints ------------------------------------------------------------------------
+
+
+def between(models: tuple[str, str], rounds: int) -> dict[str, float]:
+    """Seconds of one interpolation in bfloat16, into models placed in each way."""
+    endpoints = Endpoints(*models)
+    ways: dict[str, dict[str, Any]] = {
+        "one device": {},
+        "spread by accelerate": {"device": "auto"},
+        "8bit": {"load_in": "8bit"},
+        "4bit": {"load_in": "4bit"},
+    }
+    placed = {name: load_model(models[1], torch.bfloat16, **way) for name, way in ways.items()}
+    found = in_turns(
+        {name: lambda m=m: seconds(lambda: endpoints.interpolate(m, 0.5)) for name, m in placed.items()},
+        rounds,
+    )
+    print("\nwriting the checkpoint half-way")
+    for name, value in found.items():
+        print(f"  {name:24} {value:7.2f} s   {value / found['one device']:5.2f} of one device")
+    return found
+
+
 # --- error of inner products ----------------------------------------------------------------------------------
 
 
@@ -374,6 +399,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "blocks": blocks(models, dtype, 32 if options.quick else 64, rounds),
             "all": every_layer(models, dtype, options.bergson, rounds, folder),
         }
+    result["between"] = between(models, rounds)
     result["error"] = error(models, 8 if options.quick else 24, 1 if options.quick else 3)
     return result
 

@@ -92,14 +92,17 @@ def weights(model: transformers.PreTrainedModel) -> Iterator[tuple[str, Tensor]]
 
 @torch.no_grad()
 def pack(model: transformers.PreTrainedModel, name: str, value: Tensor) -> None:
-    """Replace a packed weight by the packed form of `value`, (rows, cols) float, on the same device."""
+    """Replace a packed weight by the packed form of `value`, (rows, cols) float, on the same device.
+
+    As in loading, the value is rounded to the model's type first.
+    """
     from bitsandbytes.nn.modules import Int8Params, Params4bit
 
     module = model.get_submodule(name.rpartition(".")[0])
-    old, new = module.weight, value.contiguous()
+    old, new = module.weight, value.to(model.dtype).contiguous()
     if isinstance(old, Params4bit):
         packed: Any = Params4bit(
-            new.cpu(),
+            new,
             requires_grad=False,
             compress_statistics=old.compress_statistics,
             blocksize=old.blocksize,
