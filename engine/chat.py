@@ -34,7 +34,7 @@ def dump_chat(value: object, name: str) -> tuple[str | None, str | None]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            return None, f"{name} is text that is not JSON"
+            return None, f"{name}: text that is not JSON"
     if not isinstance(value, list) or not value:
         return None, f"{name} is no list of messages"
     messages: list[Message] = []

@@ -8,6 +8,7 @@ validation_accuracy. Each step stands there once, also when a training went back
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -18,8 +19,25 @@ from typing import Any, Protocol
 from engine.errors import UserError, first_line
 from engine.storage import Folder
 
+TRACKING = "MLFLOW_TRACKING_URI"
+"""MLflow's own variable for where it writes to."""
+
 REWRITE_SECONDS = 30.0
 """An object store cannot append: there the file is written anew, at most so often."""
+
+
+def check_loggers(folder: str, loggers: list[str]) -> None:
+    """UserError for a logger whose package is not installed, or that cannot write below `folder`."""
+    for name in loggers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"retrain.loggers has {name}: pip install 'unbake[{name}]', or remove it.")
+    place = Folder(folder)
+    if "tensorboard" in loggers and not place.local:
+        raise UserError(
+            f"retrain.loggers: TensorBoard's event files need a local run_dir, not {place.uri}: remove it."
+        )
+    if "mlflow" in loggers and not place.local and TRACKING not in os.environ:
+        raise UserError(f"retrain.loggers: set {TRACKING} to log to MLflow from a run in {place.uri}.")
 
 
 class Logger(Protocol):
@@ -46,10 +64,11 @@ class TrainLog:
         parameters: of the training, for MLflow.
 
     Raises:
-        UserError: a package that is not installed, or a place that a logger cannot write to.
+        UserError: as `check_loggers`, or MLflow refuses.
     """
 
     def __init__(self, folder: str, name: str, loggers: list[str], parameters: dict[str, Any]) -> None:
+        check_loggers(folder, loggers)
         self._lines = _Lines(Folder(folder), f"{name.replace('/', '-')}.jsonl")
         makers: dict[str, Callable[..., Logger]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
         self._loggers: list[Logger] = [makers[kind](folder, name, parameters) for kind in loggers]
@@ -133,18 +152,9 @@ class TensorBoard:
     """Event files by torch's own `SummaryWriter`."""
 
     def __init__(self, folder: str, name: str, parameters: dict[str, Any]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "retrain.loggers has tensorboard: pip install 'unbake[tensorboard]', or remove it."
-            ) from None
-        place = Folder(folder)
-        if not place.local:
-            raise UserError(
-                f"retrain.loggers: TensorBoard's event files need a local run_dir, not {place.uri}: remove it."
-            )
-        self._make = functools.partial(SummaryWriter, place.path(f"tensorboard/{name}"))
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._make = functools.partial(SummaryWriter, Folder(folder).path(f"tensorboard/{name}"))
         self._writer = self._make()
 
     def add(self, step: int, numbers: dict[str, float]) -> None:
@@ -166,25 +176,16 @@ class MLflow:
     """A run of the experiment `unbake` by MLflow's own client."""
 
     def __init__(self, folder: str, name: str, parameters: dict[str, Any]) -> None:
-        try:
-            from mlflow.entities import Metric, Param
-            from mlflow.exceptions import MlflowException
-            from mlflow.tracking import MlflowClient
-        except ImportError:
-            raise UserError(
-                "retrain.loggers has mlflow: pip install 'unbake[mlflow]', or remove it."
-            ) from None
+        from mlflow.entities import Metric, Param
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
         self._metric, self._error = Metric, MlflowException
-        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        uri = os.environ.get(TRACKING)
         if uri is None:
-            place = Folder(folder)
-            if not place.local:
-                raise UserError(
-                    f"retrain.loggers: set MLFLOW_TRACKING_URI to log to MLflow from a run in {place.uri}."
-                )
             # MLflow 3 asks for consent to its older kind of store, the one that needs no database
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-            uri = f"file://{place.path('mlruns')}"
+            uri = f"file://{Folder(folder).path('mlruns')}"
         try:
             self._client = MlflowClient(tracking_uri=uri)
             experiment = self._client.get_experiment_by_name("unbake")

@@ -15,6 +15,7 @@ from engine.errors import UserError
 from engine.rundir import LOGS, MODELS, TRAIN
 from engine.spec import Retrain, Strategy
 from engine.storage import Folder
+from engine.train_log import check_loggers
 from jobs.job import Job
 from jobs.select import select_for
 from jobs.testset import write_validation
@@ -28,6 +29,7 @@ def check(job: Job) -> None:
     deepspeed_config(job.spec.retrain, (1, 1), "float32")
     if job.spec.retrain.lora.rank and importlib.util.find_spec("peft") is None:
         raise UserError("retrain.lora needs PEFT: pip install 'unbake[adapters]'.")
+    check_loggers(f"{job.run.uri}/{LOGS}", list(job.spec.retrain.loggers))
     _check_room(job)
     settings = job.spec.evaluate
     if job.spec.retrain.judges and not (settings.test and settings.validation_share):

@@ -150,7 +150,7 @@ def test_a_tokenizer_without_a_template_is_refused_before_any_work() -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("no json", "is text that is not JSON"),
+        ("no json", "messages: text that is not JSON"),
         ([], "is no list of messages"),
         ({"role": "user"}, "is no list of messages"),
         (["hello"], "message 0 is of type str"),

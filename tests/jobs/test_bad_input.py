@@ -109,6 +109,16 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "early stopping by nothing": (
         ["--retrain.early_stopping", "true", "--evaluate.test", "[]"], ["early_stopping needs evaluate.test"],
     ),
+    "judging by nothing": (["--retrain.eval_steps", "5", "--evaluate.test", "[]"], ["eval_steps needs evaluate.test"]),
+    "unknown logger": (["--retrain.loggers", "[wandb]"], ["retrain.loggers.0", "'wandb'"]),
+    "chats to classify": (["--corpus.messages", "text"], ["corpus.messages", "language_modelling"]),
+    "chats without a template": (
+        [
+            "--corpus.messages", "text", "--evaluate.test", "[]",
+            "--task.kind", "language_modelling", "--task.labels", "[]",
+        ],
+        ["needs a chat template", "chat_template.jinja"],
+    ),
     "test file that is not there": (["--evaluate.test", "[{tmp}/none.jsonl]"], ["none.jsonl", "evaluate.test"]),
     "test file without labels": (["--evaluate.label", "topic"], ["topic", "test.jsonl"]),
     "labels unlike the task's": (["--evaluate.label", "text"], ["evaluate.label", "is no label"]),
