@@ -24,8 +24,8 @@ def first_copies(texts: Iterable[str], kind: Literal["exact", "near"]) -> npt.ND
 
     exact: equal but for case and white space. near: exact, or an estimated Jaccard similarity of the sets of
     5-word shingles of at least 0.8 (Broder 1997; MinHash LSH by datasketch, seeded) to a document that was kept.
-    Which documents are kept depends on their order, and on nothing else. Memory: about 2 kB a kept document
-    for near, 60 bytes for exact.
+    Which documents are kept depends on their order, and on nothing else. Memory grows with the documents kept:
+    by a digest each for exact, by a MinHash and its place in the index for near.
 
     Returns:
         (N,) int64, found[i] <= i.

@@ -107,7 +107,7 @@ def test_the_control_finds_that_delta_is_special_or_that_nothing_is() -> None:
     rng = np.random.default_rng(5)
     target = np.zeros(64)
     target[0] = 1
-    rows = rows_of(rng.normal(size=(1, 200, 64)) * 0.3 + target, target)
+    rows = rows_of(rng.normal(size=(1, 200, 64)) * 0.1 + target, target)
     spec = Select(size=10)
     chosen = select(rows, Columns(), spec)
     control = diagnose_selection(rows, chosen.rows, Columns(), spec)["control"]

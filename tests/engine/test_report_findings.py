@@ -15,7 +15,7 @@ from engine.spec import RunSpec
 DIAGNOSED: dict[str, Any] = {
     "path": {"gain": [0.1] * 9, "lowering_picks": 2, "picks_to_90_percent": 5},
     "returns": {"checked": 3072, "violations": 0.1234, "lowering": 0.5, "largest": 0.01},
-    "optimum": {"rows": 16, "ratio_mean": 0.98765, "ratio_least": 0.9},
+    "optimum": {"rows": 16, "ratio_mean": 0.98766, "ratio_least": 0.9},
     "sets": {
         "greedy": {"mean_cosine": 0.0123, "nearest_cosine": 0.4567, "balance": 0.91},
         "random": {"mean_cosine": None, "nearest_cosine": None},

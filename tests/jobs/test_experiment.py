@@ -28,6 +28,7 @@ from engine.experiment.grid import extraction_key
 from engine.models import load_model
 from engine.rundir import RunDir
 from engine.select import Columns, View, select
+from engine.spec import Select
 from engine.store import GradientStore
 from engine.target import choose_target
 from jobs import rounds
@@ -64,6 +65,10 @@ def grid(folder: Path, base: str, corpus: str, test: Path, **changes: Any) -> di
     }  # fmt: skip
 
 
+REPEATS = 20
+"""Documents of the corpus that stand in it a second time, at its end."""
+
+
 @pytest.fixture(scope="module")
 def ready(
     tmp_path_factory: pytest.TempPathFactory,
@@ -75,8 +80,10 @@ def ready(
     """A finished experiment: its file and its folder."""
     pytest.importorskip("ot")
     folder = tmp_path_factory.mktemp("grid")
-    path = folder / "grid.yaml"
-    path.write_text(yaml.safe_dump(grid(folder, tiny_base, tiny_corpus, tiny_test)))
+    path, corpus = folder / "grid.yaml", folder / "corpus.jsonl"
+    lines = Path(tiny_corpus).read_text().splitlines(keepends=True)
+    corpus.write_text("".join(lines + lines[:REPEATS]))
+    path.write_text(yaml.safe_dump(grid(folder, tiny_base, str(corpus), tiny_test)))
     assert main(["experiment", "--config", str(path), "--quiet"]) == 0
     return path, folder / "experiment"
 
@@ -194,6 +201,37 @@ def test_a_runs_selection_is_diagnosed_along_the_recorded_training(
         assert words in page
 
 
+def test_repeats_and_unsure_documents_are_left_out_of_a_runs_selection(ready: tuple[Path, Path]) -> None:
+    run = RunDir(str(ready[1] / "extractions" / extraction_of(ready[1], 32)))
+    job = Job(run.load_spec(), quiet=True)
+    store = GradientStore.open(run)
+    kept = store.n_rows - REPEATS
+    every = Select(strategy="loss_max", size=kept, dedupe="exact")
+    select_with(job, every, "select-once", "comparisons/once.parquet")
+    assert sorted(run.read_table("comparisons/once.parquet")["row"].to_pylist()) == list(range(kept))
+    assert run.stage_result("dedupe-exact") == {"documents": kept + REPEATS, "repeats": REPEATS}
+    confidence = store.column("confidence")
+    floor = float(np.sort(confidence)[-30])
+    sure = Select(strategy="topk", size=30, min_confidence=floor)
+    select_with(job, sure, "select-sure", "comparisons/sure.parquet")
+    assert (confidence[run.read_table("comparisons/sure.parquet")["row"].to_numpy()] >= floor).all()
+    with pytest.raises(UserError, match="only 30 valid documents that the fine-tuned model is at least"):
+        select_with(job, sure.model_copy(update={"size": 31}), "select-more", "comparisons/more.parquet")
+    with pytest.raises(UserError, match=r"rademacher projection: extract with gradients\.projector=exact"):
+        select_with(job, Select(size=3, precondition="second_moment"), "select-p", "comparisons/p.parquet")
+
+
+def test_shards_in_actors_see_the_same_view(ready: tuple[Path, Path]) -> None:
+    run = RunDir(str(ready[1] / "extractions" / extraction_of(ready[1], 32)))
+    job = Job(run.load_spec(), quiet=True)
+    tables = []
+    for shards in (1, 2):
+        settings = Select(size=12, target="negative", shards=shards)
+        select_with(job, settings, f"select-shards-{shards}", f"comparisons/shards-{shards}.parquet")
+        tables.append(run.read_table(f"comparisons/shards-{shards}.parquet"))
+    assert tables[0].equals(tables[1])
+
+
 @pytest.mark.slow
 def test_rounds_aim_at_what_training_on_the_picks_so_far_has_left_of_delta(
     ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
@@ -247,7 +285,7 @@ def test_a_killed_experiment_goes_on_from_where_it_was(
 ) -> None:
     """Killed once a model is judged; what was done is not done again, and the results are the undisturbed run's."""
     path = tmp_path / "grid.yaml"
-    fields = grid(tmp_path, tiny_base, tiny_corpus, tiny_test, models_at_once=1)
+    fields = grid(tmp_path, tiny_base, str(ready[0].parent / "corpus.jsonl"), tiny_test, models_at_once=1)
     fields["grid"] |= {"gradients.dim": [16]}
     path.write_text(yaml.safe_dump(fields))
     folder = tmp_path / "experiment"
