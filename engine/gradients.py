@@ -130,9 +130,24 @@ class GradientEngine:
         chunks = [chunk for _, chunk in self.target.delta(self.endpoints, self.target.layers[0])]
         return torch.cat(chunks).to(self.home)
 
-    @torch.inference_mode()
     def _tokens_that_fit(self) -> int:
-        return tokens_per_batch(self.device, lambda ids: hidden_states(self.model, ids))
+        return tokens_per_batch(self.device, self._trial)
+
+    def _trial(self, ids: torch.Tensor) -> None:
+        """The passes that a batch of input_ids (docs, length) takes, for their memory."""
+        if not self.hooked:
+            with torch.inference_mode():
+                hidden_states(self.model, ids)
+            return
+        rows = torch.zeros(len(ids), self.projector.dim, device=self.home)
+        with self._hooks(ids, rows) as hooks, torch.enable_grad():
+            states = hidden_states(self.model, ids)
+            hooks.backward(states, torch.zeros_like(states))
+
+    def _hooks(self, ids: torch.Tensor, rows: torch.Tensor) -> LayerHooks:
+        """Hooks on the chosen layers but the head, for input_ids (docs, length), that add to rows (docs, dim)."""
+        layers = {i: x.name for i, x in enumerate(self.target.layers) if x.name != self.head.name}
+        return LayerHooks(self.model, layers, self._on_device, (ids.shape[0], ids.shape[1]), rows)
 
     def run(self, documents: Ragged, progress: Callable[[int], None] | None = None) -> PartitionGradients:
         """Label and differentiate n encoded documents at every checkpoint.
@@ -207,12 +222,7 @@ class GradientEngine:
         Documents do not meet in the forward pass, so the gradient of the summed losses splits by document.
         The head needs no graph: dL/dh is its error times its weight, for a few tokens at a time.
         """
-        others = {i: x.name for i, x in enumerate(self.target.layers) if x.name != self.head.name}
-        docs, length = batch.input_ids.shape
-        with (
-            LayerHooks(self.model, others, self._on_device, (docs, length), result.rows) as hooks,
-            torch.enable_grad(),
-        ):
+        with self._hooks(batch.input_ids, result.rows) as hooks, torch.enable_grad():
             hidden = self._loss_states(batch)
             gradient = torch.empty_like(hidden)
             with torch.no_grad():

@@ -265,6 +265,14 @@ def test_what_a_batch_needed_is_gone_after_it(llama: tuple[str, str]) -> None:
     assert not [t.shape for t in left if t.requires_grad or t.ndim == 3]
 
 
+@pytest.mark.parametrize("layers", ["last", "all_linear"])
+def test_the_trial_for_memory_makes_the_passes_of_a_batch(llama: tuple[str, str], layers: str) -> None:
+    engine = make_engine(llama, MODEL, layers=layers)
+    watch = Watch(engine.model)
+    engine._trial(torch.ones(2, 8, dtype=torch.int64))
+    assert watch.reached == ({0, 1} if layers == "all_linear" else set())
+
+
 def test_float16_gradients_too_small_for_it_survive(llama: tuple[str, str]) -> None:
     """dL/dz of a token among many may lie below float16's smallest number."""
     task = {**MODEL, "loss_scope": "all_tokens"}
