@@ -9,6 +9,8 @@ from typing import Any
 
 import shtab
 
+from jobs.options import Parser, field_words
+
 FILES = ("run", "config", "recipe", "features", "target", "out", "models.base", "models.finetuned", "run_dir")
 """Options and arguments, by their `dest`, whose values are files."""
 
@@ -22,7 +24,7 @@ def main(arguments: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `unbake completion`."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="unbake completion",
         description="Print a completion script. bash: write it to ~/.local/share/bash-completion/completions/unbake; "
         "zsh: to a file _unbake in a folder of $fpath.",
@@ -67,7 +69,6 @@ def _describe(action: argparse.Action) -> None:
 def _words(dest: str) -> Iterator[str]:
     """Values of a field of the spec that has a few, by its dotted name."""
     from engine.spec import RunSpec
-    from jobs.options import field_words
 
     fields: Any = RunSpec.model_fields
     *sections, last = dest.split(".")

@@ -25,6 +25,7 @@ from engine.spec import RunSpec
 from jobs.docstrings import docstrings
 from jobs.finetune import fine_tune
 from jobs.job import Job
+from jobs.options import Parser
 from jobs.pipeline import recover
 
 LABELS = {"sympy": "math", "matplotlib": "plot", "networkx": "graph", "pandas": "table"}
@@ -45,11 +46,7 @@ FREEZE_BELOW = 20
 
 def main(arguments: list[str]) -> int:
     """Run the demo in `runs/demo`; a second run goes on where the first one stopped."""
-    parser = argparse.ArgumentParser(prog="unbake demo", description=__doc__)
-    parser.add_argument("--run-dir", default="runs/demo", help="where everything is written")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print the table alone")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show Ray's own messages too")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     started = time.monotonic()
     folder = Path(options.run_dir).absolute()
     spec = demo_spec(folder)
@@ -66,6 +63,15 @@ def main(arguments: list[str]) -> int:
         f"demo: {time.monotonic() - started:,.0f} s in all; report: {job.run.path('report.html')}"
     )
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `unbake demo`."""
+    made = Parser(prog="unbake demo", description=__doc__)
+    made.add_argument("--run-dir", default="runs/demo", help="where everything is written")
+    made.add_argument("-q", "--quiet", action="store_true", help="print the table alone")
+    made.add_argument("-v", "--verbose", action="store_true", help="show Ray's own messages too")
+    return made
 
 
 def demo_spec(folder: Path) -> RunSpec:

@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from engine.errors import UserError
+from jobs.options import Parser
 
 GIB = 1 << 30
 EXTRAS = {"peft": "adapters", "datasets": "datasets", "s3fs": "s3", "gcsfs": "gcs"}
@@ -60,9 +61,7 @@ def main(arguments: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `unbake doctor`."""
-    made = argparse.ArgumentParser(
-        prog="unbake doctor", description="Look at this machine and say what is amiss."
-    )
+    made = Parser(prog="unbake doctor", description="Look at this machine and say what is amiss.")
     made.add_argument("--run_dir", default=".", help="where runs are to be written (default: this folder)")
     made.add_argument(
         "--address", help="a Ray cluster to join; default: start a private instance, and stop it"

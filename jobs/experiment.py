@@ -39,6 +39,7 @@ from jobs.evaluate import judgement_inputs, measure
 from jobs.extract import extract
 from jobs.finetune import fine_tune
 from jobs.job import Job
+from jobs.options import Parser
 from jobs.options import _value as read_value
 from jobs.progress import Progress
 from jobs.retrain import check, train_job
@@ -66,20 +67,7 @@ DESCRIPTIVE = (
 
 def main(arguments: list[str]) -> int:
     """Read the grid, run it, print the table."""
-    parser = argparse.ArgumentParser(
-        prog="unbake experiment",
-        description=__doc__,
-        epilog=f"recipes: {', '.join(recipes())}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipe", nargs="?", help="name of a recipe, or a YAML file (as --config)")
-    parser.add_argument("--config", metavar="FILE", help="YAML grid")
-    parser.add_argument("--list", action="store_true", help="list what would be made, and stop")
-    parser.add_argument("--print_config", action="store_true", help="print the grid and exit")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print the table alone")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show Ray's own messages too")
-    options, changes = parser.parse_known_args(arguments)
+    options, changes = parser().parse_known_args(arguments)
     grid = read_grid(options.config or options.recipe, changes)
     if options.print_config:
         print(grid_yaml(grid), end="")
@@ -90,6 +78,24 @@ def main(arguments: list[str]) -> int:
         return 0
     experiment.run()
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `unbake experiment`."""
+    made = Parser(
+        prog="unbake experiment",
+        description=__doc__,
+        epilog=f"recipes: {', '.join(recipes())}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("recipe", nargs="?", help="name of a recipe, or a YAML file (as --config)")
+    made.add_argument("--config", metavar="FILE", help="YAML grid")
+    made.add_argument("--list", action="store_true", help="list what would be made, and stop")
+    made.add_argument("--print_config", action="store_true", help="print the grid and exit")
+    made.add_argument("-q", "--quiet", action="store_true", help="print the table alone")
+    made.add_argument("-v", "--verbose", action="store_true", help="show Ray's own messages too")
+    return made
 
 
 def recipes() -> list[str]:

@@ -12,7 +12,7 @@ from engine.errors import UserError
 from engine.rundir import COMPARISONS, METRICS, MODELS, SELECTION, STAGES, RunDir
 from engine.spec import RunSpec
 from engine.storage import Folder
-from jobs.options import read_spec
+from jobs.options import Parser, read_spec
 
 PART = "data/train-00000-of-00001.parquet"
 
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `unbake export`."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="unbake export",
         description="Write what a run found in a form that other tools read.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,7 +17,7 @@ from engine.spec import RunSpec, load_yaml_mapping
 
 def spec_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser that knows every field of RunSpec as a dotted option, with its description."""
-    parser = _Parser(
+    parser = Parser(
         prog=f"unbake {command}",
         usage=f"unbake {command} [RUN] [--section.field VALUE ...]",
         description=description,
@@ -144,7 +144,7 @@ def _value(text: str) -> Any:
         return text
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse that raises UserError in place of printing usage and leaving."""
 
     def error(self, message: str) -> NoReturn:

@@ -7,12 +7,13 @@ import argparse
 from engine.errors import UserError
 from engine.integrity import Findings, verify
 from engine.rundir import SPEC, RunDir
+from jobs.options import Parser
 from jobs.progress import Progress
 
 
 def main(arguments: list[str]) -> int:
     """Verify the run directory named; the exit code: 0 sound, 1 damaged."""
-    options = vars(_parser().parse_args(arguments))
+    options = vars(parser().parse_args(arguments))
     run = RunDir(options["run"])
     if not run.exists(SPEC):
         raise UserError(f"{run.uri} is not a run directory: it has no {SPEC}.")
@@ -43,16 +44,10 @@ def _summary(run: RunDir, findings: Findings, repair: bool) -> str:
     return f"{run.uri}: {len(findings.damage)} damaged ({read} read{unfinished}); {mend}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="unbake verify", description=__doc__.partition(": ")[2], allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", help="the run directory: a folder or an fsspec URI")
-    parser.add_argument("--repair", action="store_true", help="take back the records of what is damaged")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print damage and errors only")
-    return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises UserError in place of printing usage and leaving."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"{message}; see unbake verify --help.")
+def parser() -> argparse.ArgumentParser:
+    """The options of `unbake verify`."""
+    made = Parser(prog="unbake verify", description=__doc__.partition(": ")[2], allow_abbrev=False)
+    made.add_argument("run", metavar="RUN", help="the run directory: a folder or an fsspec URI")
+    made.add_argument("--repair", action="store_true", help="take back the records of what is damaged")
+    made.add_argument("-q", "--quiet", action="store_true", help="print damage and errors only")
+    return made

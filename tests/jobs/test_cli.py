@@ -148,6 +148,16 @@ def test_help_lists_every_field(command: str, capsys: pytest.CaptureFixture[str]
         assert all(f"--{name} " in out for name in fields(RunSpec))
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_is_one_sentence(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    given = {"export": ["x", "--out", "y"], "verify": ["x"], "completion": ["bash"], "experiment": ["x"]}
+    assert main([command, *given.get(command, []), "--not-an-option"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1), err
+    assert err.startswith(f"unbake {command}: ")
+
+
 def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
