@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 from typing import Any
 
@@ -95,10 +96,11 @@ class DeepSpeedStepper:
         assert self._done == self.passes, "every worker makes the same number of passes in a step"
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        norm = self._whole_norm() if self.stage == 0 else None
+        whole = self._whole_norm() if self.stage == 0 else None
         self.engine.step()
         self._done = 0
-        return self.engine.get_global_grad_norm() if norm is None else norm
+        norm = self.engine.get_global_grad_norm() if whole is None else whole
+        return math.nan if norm is None else norm  # the user's block may switch it off
 
     def _whole_norm(self) -> torch.Tensor:
         """Norm of the averaged gradient where every worker has the whole of it; DeepSpeed keeps none then."""
