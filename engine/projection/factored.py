@@ -165,7 +165,7 @@ class Factored(Projector):
 def _outer(rows: Tensor, cols: Tensor, bounds: list[int]) -> Tensor:
     """Sum over each document's tokens of row x col: (documents, p, q) float32."""
     lengths = {stop - start for start, stop in itertools.pairwise(bounds)}
-    if len(lengths) == 1:
+    if len(lengths) == 1 and len(rows):
         n = len(bounds) - 1
         return torch.bmm(rows.unflatten(0, (n, -1)).transpose(1, 2), cols.unflatten(0, (n, -1)))
     result = rows.new_zeros(len(bounds) - 1, rows.shape[1], cols.shape[1])

@@ -48,6 +48,13 @@ def test_factors_held_factors_and_the_matrix_project_alike(n_layers: int, dim: i
         assert (rows[doc] - whole).norm() <= 2e-6 * max(1.0, gradient.norm().item() * 3)
 
 
+def test_no_tokens_give_rows_of_zeros() -> None:
+    projector = make_projector("factored", 64, 0, layers(8))
+    nothing = projector.hold(0, "row", torch.zeros(0, 70)), projector.hold(0, "col", torch.zeros(0, 50))
+    rows = projector.join(0, *nothing, torch.zeros(0, dtype=torch.int64), 3)
+    assert torch.equal(rows, torch.zeros(3, 64))
+
+
 def test_entries_added_one_by_one_are_errors() -> None:
     for layer in range(len(SHAPES)):
         projector = make_projector("factored", 64, 3, layers(8))
