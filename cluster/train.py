@@ -111,7 +111,7 @@ def train_many(jobs: list[TrainJob], progress: Progress | None = None) -> list[d
     A user's error in one job does not keep the others from their end.
 
     Args:
-        jobs: may differ in all but what `_group` holds.
+        jobs: may differ in all but what `worker_group` holds.
         progress: called with {"job", "step", "steps", "epoch", "loss", "documents", "seconds"}, from a thread
             of its own.
 
@@ -124,7 +124,7 @@ def train_many(jobs: list[TrainJob], progress: Progress | None = None) -> list[d
             of another training.
         ray.train.TrainingFailedError: a lane's workers were lost more than retrain.max_failures times.
     """
-    assert len({_group(job) for job in jobs}) == 1, "jobs of one call need the same workers"
+    assert len({worker_group(job) for job in jobs}) == 1, "jobs of one call need the same workers"
     prints = [job.fingerprint() for job in jobs]
     todo = [i for i, job in enumerate(jobs) if not _complete(job, prints[i])]
     if todo:
@@ -159,7 +159,8 @@ def worker_resources(retrain: Retrain) -> dict[str, float]:
     return {"CPU": min(retrain.threads or 1, fits)}
 
 
-def _group(job: TrainJob) -> tuple[Any, ...]:
+def worker_group(job: TrainJob) -> tuple[Any, ...]:
+    """What trainings must agree in to run in one call of `train_many`: the workers, and where checkpoints lie."""
     r = job.retrain
     return (
         r.workers,

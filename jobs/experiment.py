@@ -39,8 +39,7 @@ from jobs.evaluate import judgement_inputs, measure
 from jobs.extract import extract
 from jobs.finetune import fine_tune
 from jobs.job import Job
-from jobs.options import Parser
-from jobs.options import _value as read_value
+from jobs.options import Parser, read_value
 from jobs.progress import Progress
 from jobs.retrain import check, train_job
 from jobs.samples import write_samples
@@ -313,7 +312,7 @@ class Experiment:
         todo = {t.stage: t for t in trainings if not self.run_dir.completed(t.stage, t.inputs)}
         groups: dict[Any, list[Training]] = {}
         for training in todo.values():
-            groups.setdefault(cluster.train._group(training.work), []).append(training)
+            groups.setdefault(cluster.train.worker_group(training.work), []).append(training)
         waiting = [members for group in groups.values() for members in self._batches(group)]
         with self.progress.stage("train and judge", len(todo), "models") as stage:
             for members in waiting:

@@ -126,10 +126,10 @@ def _reader(annotation: Any) -> Callable[[str], Any]:
         return str
     if annotation == str | None:
         return lambda text: None if text in ("null", "~") else text
-    return _value
+    return read_value
 
 
-def _value(text: str) -> Any:
+def read_value(text: str) -> Any:
     """An option's text as YAML would read it, so that lists, mappings and null are written as in a spec.
 
     Numbers are not left to YAML 1.1, which takes 1e-4 for text and 010 for eight.
