@@ -20,9 +20,14 @@ SHARED_SECONDS = 3600.0
 """Age at which a lock on such a file system counts as left behind."""
 
 
+def dead_locks() -> list[Path]:
+    """The locks that no living process holds."""
+    return [path for path in _locks() if _dead(path)]
+
+
 def clear_dead_locks() -> list[str]:
     """Remove the locks that no living process holds; their paths. For one process of a machine."""
-    locks = [path for path in _locks() if _dead(path)]
+    locks = dead_locks()
     for path in locks:
         path.unlink(missing_ok=True)
     return [str(path) for path in locks]

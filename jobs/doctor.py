@@ -244,17 +244,15 @@ def _deepspeed() -> Check:
 
 
 def _builds() -> Check:
-    """Locks of torch's extension builds: a build that was killed leaves one, and the next waits for ever."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
-    locks = [path for path in root.rglob("lock") if path.is_file()] if root.is_dir() else []
-    if locks:
-        remedy = f"if nothing is being built now: rm {locks[0]}"
-        return Check(
-            "builds", "wrong", f"{len(locks)} locked builds in {root}: they block whatever needs them", remedy
-        )
+    """Locks of torch's extension builds: one whose builder was killed would be waited on for ever."""
+    from cluster.extension_locks import dead_locks
+
+    if locks := dead_locks():
+        found = f"{len(locks)} locks that killed builds of torch extensions left behind"
+        return Check("builds", "note", found, f"retraining clears them; by hand: rm {locks[0]}")
     compiler = shutil.which("c++") or shutil.which("g++")
     return Check(
-        "builds", "ok", f"no locks in {root}; {f'compiler {compiler}' if compiler else 'no compiler'}"
+        "builds", "ok", f"no lock left behind; {f'compiler {compiler}' if compiler else 'no compiler'}"
     )
 
 
