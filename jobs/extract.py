@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ from jobs.job import Job
 STAGE = "extract"
 CODE = 2
 """Raised whenever the same inputs would give other bytes."""
+
+REASONS = 20
+"""Kinds of quarantine reasons counted by name; quarantine.parquet has the reason of each document."""
 
 LOW_CONFIDENCE = 0.5
 """Mean confidence of the fine-tuned model on the corpus below which its labels are doubted (classification)."""
@@ -172,8 +176,10 @@ class _Quarantine:
             )
 
     def reasons(self) -> dict[str, int]:
-        """Reason -> number of documents, most frequent first."""
-        return dict(collections.Counter(why for _, _, why in self._rows()).most_common())
+        """Kind of reason -> number of documents, most frequent first; at most REASONS kinds, the rest as one."""
+        kinds = collections.Counter(_kind(why) for _, _, why in self._rows()).most_common()
+        most, rest = dict(kinds[:REASONS]), sum(count for _, count in kinds[REASONS:])
+        return {**most, "other reasons": rest} if rest else most
 
     def write(self) -> None:
         rows, ids, why = zip(*self._rows(), strict=True) if self.count else ((), (), ())
@@ -182,6 +188,11 @@ class _Quarantine:
 
     def _rows(self) -> list[tuple[int, str, str]]:
         return sorted(tuple(entry) for record in self._records.values() for entry in record["quarantined"])
+
+
+def _kind(why: str) -> str:
+    """A reason without the place it holds for: file, line and position."""
+    return re.sub(r"\d+", "N", re.sub(r"^.* line \d+: ", "", why))
 
 
 def _result(

@@ -30,6 +30,7 @@ from jobs.job import Job
 from jobs.stopping import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
+ray.cloudpickle.register_pickle_by_value(dying)  # workers cannot import it
 
 
 @pytest.fixture(scope="module")
