@@ -21,6 +21,13 @@ DATA = "data:"
 STRATEGY, SEED, LEAK = "strategy", "seed", "leak"
 """Axes with a meaning of their own; all others set fields of the spec."""
 
+COLUMNS = (
+    "metric", "value", "validation", "base", "finetuned", "documents", "selected", "objective", "peak_size",
+    "random_objective", "mean_confidence", "projector", "dim", "store_bytes", "extract_seconds", "select_seconds",
+    "train_seconds", "final_loss", "extraction", "training",
+)  # fmt: skip
+"""Columns of the results beside axes, strategy, seed and distances; no axis may have such a name."""
+
 SEEDED: tuple[Strategy, ...] = ("random", "random_balanced")
 """Strategies whose selection depends on the seed of the cell."""
 
@@ -104,6 +111,8 @@ class Grid(Section):
         for name, values in axes.items():
             if not values:
                 raise ValueError(f"axis {name} has no values")
+            if name in COLUMNS or name.startswith("distance_"):
+                raise ValueError(f"axis {name} has the name of a column of the results: choose another")
             if name in (STRATEGY, SEED, LEAK) and isinstance(values, dict):
                 raise ValueError(f"axis {name} must be a list")
             labels = [label_of(value) for value in values]

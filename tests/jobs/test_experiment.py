@@ -24,7 +24,7 @@ from scipy import stats
 from engine.checkpoints import Endpoints
 from engine.errors import UserError
 from engine.experiment import Grid, expand, summarise
-from engine.experiment.grid import extraction_key
+from engine.experiment.grid import COLUMNS, extraction_key
 from engine.models import load_model
 from engine.rundir import RunDir
 from engine.select import Columns, View, select
@@ -102,6 +102,8 @@ def test_every_cell_has_one_tidy_row(ready: tuple[Path, Path]) -> None:
         assert (row["selected"], row["metric"], row["dim"]) == (8, "accuracy", row["gradients.dim"])
         assert row["distance_emd"] > 0
     assert len({(row["base"], row["finetuned"]) for row in rows}) == 1
+    names = {name for name in rows[0] if not name.startswith("distance_")}
+    assert names == {"gradients.dim", "strategy", "seed", *COLUMNS}
     by_dim = {row["dim"]: row["store_bytes"] for row in rows}
     assert by_dim[32] > by_dim[16]
 
@@ -347,6 +349,7 @@ def test_cells_are_the_product_of_the_axes_and_share_extractions_where_they_can(
         ({"grid": {"select.sizes": [1]}}, r"cell select\.sizes=1: unknown field select\.sizes"),
         ({"grid": {"select.size": [0]}}, "cell select.size=0: select.size"),
         ({"grid": {"seed": []}}, "axis seed has no values"),
+        ({"grid": {"value": {"a": {}}}}, "axis value has the name of a column"),
         ({"grid": {"seed": [1, 1]}}, "axis seed has a value twice"),
         ({"grid": {"leak": [0.1]}}, "axis leak needs finetune"),
         ({"grid": {"leak": [2]}}, "shares between 0 and 1"),
