@@ -64,38 +64,27 @@ def test_parts_hold_what_encoding_at_once_gives_and_are_made_once(
     ray_session: None, tiny_base: str, tiny_finetuned: str, tmp_path: Path
 ) -> None:
     file = documents(tmp_path / "selection.parquet")
-    for task, scope in [(TASK, "last_token"), (TEXTS, "all_tokens")]:
-        one = job(tiny_base, file, tmp_path, "a", recipe(labels="soft", soft_top_k=4), task=task, scope=scope)
-        with pytest.raises(UserError, match="needs the fine-tuned model"):
-            stored_examples(one, file, True)
-        one = job(
-            tiny_base,
-            file,
-            tmp_path,
-            "a",
-            recipe(labels="soft", soft_top_k=4),
-            task=task,
-            scope=scope,
-            finetuned=tiny_finetuned,
-        )
-        encoder = Encoder(load_tokenizer(tiny_base), task, scope)  # type: ignore[arg-type]
-        whole = load_examples(pq.read_table(file), encoder)
-        everyone = np.arange(len(whole))
-        hard = stored_examples(one, file, False)
-        assert hard.startswith(str(tmp_path / "selection.examples"))
-        assert len([name for name in os.listdir(hard) if name.endswith(".arrow")]) == 4
-        stored = StoredExamples(hard).take(everyone)
-        for name in ("tokens", "targets", "offsets", "weights"):
-            np.testing.assert_array_equal(getattr(stored, name), getattr(whole, name))
+    retrain = recipe(labels="soft", soft_top_k=4)
+    how = {"task": TEXTS, "scope": "all_tokens"}
+    with pytest.raises(UserError, match="needs the fine-tuned model"):
+        stored_examples(job(tiny_base, file, tmp_path, "a", retrain, **how), file, True)
+    one = job(tiny_base, file, tmp_path, "a", retrain, finetuned=tiny_finetuned, **how)
+    encoder = Encoder(load_tokenizer(tiny_base), TEXTS, "all_tokens")
+    whole = load_examples(pq.read_table(file), encoder)
+    hard = stored_examples(one, file, False)
+    assert hard.startswith(str(tmp_path / "selection.examples"))
+    assert len([name for name in os.listdir(hard) if name.endswith(".arrow")]) == 4
+    stored = StoredExamples(hard).take(np.arange(len(whole)))
+    for name in ("tokens", "targets", "offsets", "weights"):
+        np.testing.assert_array_equal(getattr(stored, name), getattr(whole, name))
 
-        soft = stored_examples(one, file, True)
-        assert soft != hard
-        got = StoredExamples(soft).take(everyone).soft
-        model = load_model(tiny_finetuned, torch.float32)
-        want = soft_labels(model, whole, encoder.label_ids or None, 4, 476)
-        assert got is not None
-        np.testing.assert_array_equal(got.tokens, want.tokens)
-        np.testing.assert_allclose(got.probs, want.probs, rtol=1e-4)
+    soft = stored_examples(one, file, True)
+    assert soft != hard
+    got = StoredExamples(soft).take(np.arange(len(whole))).soft
+    want = soft_labels(load_model(tiny_finetuned, torch.float32), whole, None, 4, 476)
+    assert got is not None
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.probs, want.probs, rtol=1e-4)
     stamp = os.stat(f"{soft}/index.json").st_mtime_ns
     assert stored_examples(one, file, True) == soft
     assert os.stat(f"{soft}/index.json").st_mtime_ns == stamp

@@ -15,6 +15,8 @@ from engine.chat import load_chat
 from engine.models import load_tokenizer
 from jobs.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = (
     "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the user speaks first') }}{% endif %}"
     "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}<|end|>\n{% endfor %}"
