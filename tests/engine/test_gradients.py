@@ -15,7 +15,7 @@ from engine.checkpoints import Endpoints
 from engine.encode import Encoder
 from engine.errors import UserError
 from engine.gradients import GradientEngine, PartitionGradients
-from engine.models import load_model, load_tokenizer
+from engine.models import hidden_states, load_model, load_tokenizer
 from engine.projection import Projector, make_projector
 from engine.spec import RunSpec
 from engine.target import choose_target
@@ -258,6 +258,32 @@ def _variance_bound(x: torch.Tensor, y: torch.Tensor, dim: int) -> torch.Tensor:
     for product in (x @ y.T, x.T @ y):
         bound += (product * product).sum() + (product * product.T).sum()
     return bound / dim + 4 * norms / dim**2
+
+
+@pytest.mark.parametrize("layers", ["last", "all_linear"])
+def test_memory_that_runs_out_halves_batches_and_keeps_gradients(
+    pair: tuple[str, str], layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(pair, CLASSIFY, checkpoints=2, layers=layers, projector="tensorsketch", dim=64)
+    undisturbed, limit = run(spec), 90
+    sizes = []
+
+    def small(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        sizes.append(ids.numel())
+        if ids.numel() > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return hidden_states(model, ids)
+
+    disturbed = make_engine(spec)
+    monkeypatch.setattr("engine.gradients.hidden_states", small)
+    result = disturbed.run(disturbed.encoder.encode(TEXTS))
+    assert max(sizes) > limit
+    assert disturbed.tokens_per_batch == disturbed.batches.lowered <= limit
+    assert max(sizes[len(sizes) // 2 :]) <= limit  # nothing is tried again that failed before
+    np.testing.assert_array_equal(result.label, undisturbed.label)
+    for j in range(2):
+        expected = rows(undisturbed, j)
+        np.testing.assert_allclose(rows(result, j), expected, rtol=0, atol=2e-3 * np.abs(expected).max())
 
 
 @pytest.mark.slow
