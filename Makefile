@@ -41,7 +41,7 @@ audit: $(READY)
 	$(BIN)/pip-audit --skip-editable
 
 bench: $(READY)
-	for name in agnews projection select million; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+	for name in agnews extract projection select million; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
