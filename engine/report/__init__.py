@@ -18,7 +18,7 @@ import jinja2
 import pyarrow as pa
 from markupsafe import Markup
 
-from engine.report import documents, facts, numbers, plots
+from engine.report import documents, facts, numbers
 from engine.report.plane import plane
 from engine.report.text import clean, markdown
 from engine.rundir import RunDir
@@ -97,6 +97,8 @@ MARKDOWN_DOCUMENTS = 20
 
 def _figures(known: dict[str, Any], selection: pa.Table, select: dict[str, Any]) -> dict[str, Markup | None]:
     """The figures of the page by name, None where there is nothing to draw."""
+    from engine.report import plots  # loads matplotlib, which the terminal's table does without
+
     objective = known["objective"]
     path = facts.objective_path(selection, select)
     random = select.get("random_path") or None
