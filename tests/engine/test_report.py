@@ -368,6 +368,19 @@ def test_nothing_but_the_page_itself_may_run_or_load(tmp_path: Path) -> None:
     assert wanted <= set(ids)
 
 
+def test_a_keyboard_reaches_what_scrolls_and_regions_have_names_of_their_own(tmp_path: Path) -> None:
+    got = Page(page(tmp_path, HOSTILE))
+    scrolls = [a for tag, a in got.tags if tag == "pre" or "scroll" in (a.get("class") or "").split()]
+    assert len(scrolls) >= 5
+    assert all(a.get("tabindex") == "0" and a.get("aria-label") for a in scrolls)
+    names = [
+        a.get("aria-label") or a.get("aria-labelledby")
+        for tag, a in got.tags
+        if a.get("role") == "region" or tag == "section"
+    ]
+    assert len(names) == len(set(names))
+
+
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     assert page(tmp_path, HOSTILE) == page(tmp_path, HOSTILE)
 
