@@ -70,14 +70,14 @@ def test_violations_of_diminishing_returns_are_those_that_a_search_by_hand_finds
 
 
 def test_the_exhaustive_ratio_is_greedy_over_the_best_of_all_subsets() -> None:
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(9)
     target = rng.normal(size=6)
     few = rows_of(rng.normal(size=(1, 9, 6)), target)
     ratios = []
     for size in range(1, 9):
         greedy = select(few, Columns(), Select(size=size)).objective[-1]
         best = max(f(few, members) for members in combinations(range(9), size))
-        ratios.append(greedy / best)
+        ratios += [greedy / best] if best > 0 else []
     found = exhaustive_ratio(few, "raw")  # all draws are of the same nine rows
     assert found["rows"] == 9
     assert found["ratio_mean"] == pytest.approx(np.mean(ratios))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import tiny
 
 from engine.report import render, render_json, render_markdown
 from engine.rundir import RunDir
@@ -40,7 +39,7 @@ def test_findings_are_shown_in_every_format(tmp_path: Path) -> None:
         {
             "models": {"base": "b", "finetuned": "f"},
             "corpus": {"paths": ["c.jsonl"]},
-            "task": {"labels": tiny.LABELS},
+            "task": {"labels": ["yes", "no"]},
         }
     )
     table = pa.table({"text": ["one", "two"], "label": [0, 1], "objective": [0.1, 0.2], "gain": [0.1, 0.1]})
