@@ -47,7 +47,7 @@ def make_case(folder: Path, documents: int = 1024, partition_rows: int = 64, **s
         "task": {"labels": tiny.LABELS, "template": "{text} topic:", "max_tokens": 96},
         "gradients": {"dtype": "float32", "checkpoints": 2, "projector": "tensorsketch", "dim": 256},
         "extract": {
-            "threads": 1, "workers_min": 2, "workers_max": 2, "cpus_per_worker": 0.5, "max_attempts": 5
+            "threads": 1, "workers_min": 2, "workers_max": 2, "cpus_per_worker": 0.5, "max_attempts": 10
         },
         "select": {"size": 60, "shards": 2, "index_memory_mb": 4},
         "retrain": {
@@ -165,8 +165,8 @@ class Soak:
     address: str
     seed: int
     command: str = "recover"
-    patience: float = 8.0
-    per_run: int = 12
+    patience: float = 3.0
+    per_run: int = 20
     killed: Counter[tuple[str, str]] = field(default_factory=Counter)
     runs: int = 0
     starts: int = 0
@@ -174,6 +174,7 @@ class Soak:
     def __post_init__(self) -> None:
         self._rng = random.Random(self.seed)
         self._others: set[int] = set()
+        self._deadline = float("inf")
 
     @property
     def kills(self) -> int:
@@ -181,9 +182,9 @@ class Soak:
         return sum(self.killed.values())
 
     def until(self, kills: int, seconds: float = float("inf")) -> None:
-        """Run, kill, resume and compare until so many kills, or so many seconds, are over."""
-        began = time.monotonic()
-        while self.kills < kills and time.monotonic() - began < seconds:
+        """Run, kill, resume and compare until so many kills; after so many seconds no more are begun."""
+        self._deadline = time.monotonic() + seconds
+        while self.kills < kills and time.monotonic() < self._deadline:
             self.one_run(kills)
 
     def one_run(self, limit: int) -> None:
@@ -192,7 +193,7 @@ class Soak:
         run = self.reference.parent / f"soak-{self.seed}-{self.runs}"
         driver = self._start(run)
         while True:
-            if self.kills < limit and driver.alive:
+            if self.kills < limit and driver.alive and time.monotonic() < self._deadline:
                 self._wait_for_a_moment(run, driver)
                 if driver.alive:
                     self._strike(run, driver)
@@ -219,7 +220,7 @@ class Soak:
             deadline = time.monotonic() + self.patience
             while driver.alive and not self._victims() and time.monotonic() < deadline:
                 time.sleep(0.05)
-        if self._rng.random() < 0.8:
+        if self._rng.random() < 0.6:
             before, deadline = progress_of(run), time.monotonic() + self.patience
             while driver.alive and progress_of(run) == before and time.monotonic() < deadline:
                 time.sleep(0.02)
