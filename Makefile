@@ -44,7 +44,6 @@ bench: $(READY)
 	for name in agnews extract projection select million; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 docs: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
 
 clean:
