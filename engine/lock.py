@@ -145,6 +145,12 @@ class RunLock:
             self._folder.remove("")
 
 
+def owner(folder: Folder) -> str | None:
+    """Who drives a run now, in words; None when nobody does, as far as can be told without waiting."""
+    record = _read(folder)
+    return None if not record or _alive(record) is False else _name(record)
+
+
 def _myself() -> Record:
     process = psutil.Process()
     return {

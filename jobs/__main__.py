@@ -28,6 +28,9 @@ COMMANDS: dict[str, str] = {
     "experiment": "a grid of runs that share what they have in common: tables and plots",
     "export": "the selection as a Hugging Face data set or as rows for TRL and axolotl, a model with its card",
     "doctor": "whether this machine can run all of it: versions, devices, memory, Ray, DeepSpeed, the Hub",
+    "submit": "run a spec on a Ray cluster that is up, and follow it",
+    "status": "where a run directory, or a submitted job, stands",
+    "stop": "stop a submitted job; submitted again, it goes on",
     "completion": "completion of commands, options and values for bash or zsh",
     "demo": "the whole job on an embedded example; nothing to download but a package",
 }

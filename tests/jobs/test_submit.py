@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -30,11 +31,15 @@ PORTS = (
 )  # fmt: skip
 
 
+TOKEN = secrets.token_hex(32)
+
+
 def environment() -> dict[str, str]:
     """This Python first in the path, and no trace of another Ray."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**kept, "PATH": path, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    return {**kept, **token, "PATH": path, "OMP_NUM_THREADS": "1"}
 
 
 def free_ports(n: int) -> list[int]:
@@ -49,7 +54,10 @@ def free_ports(n: int) -> list[int]:
 
 def answers(address: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{address}/api/version", timeout=5) as reply:
+        request = urllib.request.Request(
+            f"{address}/api/version", headers={"Authorization": f"Bearer {TOKEN}"}
+        )
+        with urllib.request.urlopen(request, timeout=5) as reply:
             return bool(reply.status == 200)
     except OSError:
         return False
@@ -138,6 +146,76 @@ def test_a_submitted_mistake_is_one_sentence_and_fails_the_job(head: str, config
     assert "unbake extract: " in text
     assert "gradients.seed" in text
     assert "Traceback" not in text
+
+
+def unbake(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """`unbake ...` from a folder that holds nothing."""
+    command = [str(Path(sys.executable).parent / "unbake"), *arguments]
+    kept = {**environment(), **environ}
+    return subprocess.run(command, cwd="/", env=kept, capture_output=True, text=True, timeout=500)
+
+
+def test_submit_carries_the_code_and_the_spec_follows_and_returns_the_jobs_exit_code(
+    head: str, config: Path
+) -> None:
+    run = config.parent / "run-submitted"
+    where = ("--address", head, "--run_dir", str(run))
+    done = unbake("submit", str(config), *where, "--command", "extract")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "200 documents" in done.stdout  # the job's own words
+    assert GradientStore.open(RunDir(str(run))).read(0, 200).valid.all()
+    job = done.stderr.split()[0]
+    assert "succeeded" in unbake("status", job, "--address", head).stdout
+    assert "had ended" in unbake("stop", job, "--address", head).stdout
+    state = unbake("status", str(run))
+    assert "4 of 4 partitions" in state.stdout
+    assert "nobody is at work" in state.stdout
+    # the job refuses another dim for the same run directory: its sentence and its exit code come through
+    refused = unbake("submit", str(config), *where, "--command", "extract", "--gradients.dim", "64")
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "unbake extract: " in refused.stdout
+    assert "Traceback" not in refused.stdout + refused.stderr
+
+
+@pytest.mark.parametrize("token", ["", "0" * 64])
+def test_no_token_or_a_wrong_one_is_one_sentence_with_the_remedy(
+    head: str, token: str, tmp_path: Path
+) -> None:
+    found = unbake("status", "any", "--address", head, RAY_AUTH_TOKEN=token, HOME=str(tmp_path))
+    assert found.returncode == 2
+    assert "asks for a token: set RAY_AUTH_TOKEN" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_an_unknown_job_and_paths_of_this_machine_are_refused(head: str, config: Path) -> None:
+    unknown = unbake("status", "raysubmit_none", "--address", head)
+    assert unknown.returncode == 2
+    assert "knows no job raysubmit_none" in unknown.stderr
+    relative = unbake("submit", str(config), "--address", head, "--run_dir", "runs/here")
+    assert relative.returncode == 2
+    assert "run_dir = runs/here is relative" in relative.stderr
+
+
+@pytest.mark.slow
+def test_a_job_that_is_stopped_goes_on_when_submitted_again(head: str, config: Path) -> None:
+    run = config.parent / "run-stopped"
+    where = ("--address", head, "--run_dir", str(run))
+    begun = unbake("submit", str(config), *where, "--no-wait")
+    job = begun.stderr.split()[0]
+    deadline = time.monotonic() + 120
+    while not (run / "stages/extract.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert "is being stopped" in unbake("stop", job, "--address", head).stdout
+    while "stopped" not in unbake("status", job, "--address", head).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert not (run / "report.html").exists()
+    record = (run / "stages/extract.json").read_bytes()
+    again = unbake("submit", str(config), *where)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (run / "report.html").exists()
+    assert (run / "stages/extract.json").read_bytes() == record
 
 
 @pytest.mark.slow
