@@ -58,6 +58,9 @@ def _figure(panels: dict[str, list[dict[str, Any]]], axis: str | None) -> bytes:
     for place, (title, rows) in zip(grid, panels.items(), strict=False):
         _panel(place, rows, axis)
         place.set_title(title, fontsize=10)
+    for number, place in enumerate(grid):
+        if number % columns:
+            place.set_ylabel("")
     for place in grid[len(panels) :]:
         place.set_visible(False)
     handles, labels = grid[0].get_legend_handles_labels()
@@ -101,6 +104,10 @@ def _panel(place: Any, rows: list[dict[str, Any]], axis: str | None) -> None:
         place.minorticks_off()
     else:
         place.set_xticks(range(len(values)), ["" if value is None else str(value) for value in values])
+    means = [row["mean"] for row in rows if row["mean"] is not None]
+    if metric == "perplexity" and means and max(means) > 8 * min(means):
+        place.set_yscale("log")
+        place.yaxis.set_major_formatter("{x:g}")
     place.set_xlabel(axis or "")
     unit = ", %" if scale == 100 else ""
     place.set_ylabel(f"{metric}{unit} (mean, {LEVEL:.0%} interval)")
