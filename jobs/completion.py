@@ -40,22 +40,21 @@ def _whole() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="unbake")
     commands = whole.add_subparsers()
     for name, text in COMMANDS.items():
-        own = _parser(name)
-        for action in own._actions if own else ():
+        own = parser_of(name)
+        for action in own._actions:
             _describe(action)
-        parents = [own] if own else []
-        commands.add_parser(name, parents=parents, add_help=False, help=text, conflict_handler="resolve")
+        commands.add_parser(name, parents=[own], add_help=False, help=text, conflict_handler="resolve")
     return whole
 
 
-def _parser(command: str) -> argparse.ArgumentParser | None:
-    """The parser of a command; None where its module shows none."""
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser of a command."""
     from jobs.__main__ import STAGES, stage_parser
 
     if command in STAGES:
         return stage_parser(command)
-    show = getattr(importlib.import_module(f"jobs.{command}"), "parser", None)
-    return show() if show else None
+    parser: argparse.ArgumentParser = importlib.import_module(f"jobs.{command}").parser()
+    return parser
 
 
 def _describe(action: argparse.Action) -> None:

@@ -31,7 +31,7 @@ OWN = ("seconds", "json", "documents", "workers", "docs_per_second")
 
 def main(arguments: list[str]) -> int:
     """`unbake plan`: calibrate, estimate, print."""
-    options = vars(plan_parser().parse_args(arguments))
+    options = vars(parser().parse_args(arguments))
     own = {name: options.pop(name) for name in OWN}
     spec = read_spec(options)
     if options["print_config"]:
@@ -49,12 +49,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def plan_parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """The options of the command: every field of the spec, and what the estimate is asked for."""
-    parser = spec_parser(
+    made = spec_parser(
         "plan", "Estimate a run before it runs, from a short calibration; it starts no stage of it."
     )
-    group = parser.add_argument_group("the estimate")
+    group = made.add_argument_group("the estimate")
     group.add_argument(
         "--seconds", type=_positive, default=SECONDS, help="seconds of calibration (default: 30)"
     )
@@ -66,7 +66,7 @@ def plan_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--docs-per-second", type=_positive, help="suppose this speed of one gradient actor, measure nothing"
     )
-    return parser
+    return made
 
 
 def _positive(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from engine.rows import ArrayRows
 from engine.select import Columns, select
 from engine.spec import RunSpec, Select
 from jobs.__main__ import COMMANDS, main
+from jobs.completion import parser_of
 from jobs.usage import EXAMPLES, GROUPS
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +181,14 @@ def test_the_usage_fits_a_screen_and_every_command_leads_with_an_example(
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert capsys.readouterr().out.startswith(f"example: {line}\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_is_a_command_that_can_be_given(command: str) -> None:
+    arguments = shlex.split(EXAMPLES[command].partition(" > ")[0])[2:]
+    options, left = parser_of(command).parse_known_args(arguments)
+    assert not [word for word in left if command != "experiment"]  # whose other options are its grid's fields
+    assert options
 
 
 def test_a_reader_that_leaves_is_no_fault(tmp_path: Path) -> None:
