@@ -1,6 +1,6 @@
 """Gradients of layers other than the last, against what they cannot do without: ``python benchmarks/layers.py``.
 
-    python benchmarks/layers.py [--quick] [--bergson PYTHON] [--threads N] [--json OUT]
+    python benchmarks/layers.py [--quick] [--only PART ...] [--bergson PYTHON] [--threads N] [--json OUT]
 
 On real text and SmolLM2-135M:
 
@@ -57,6 +57,7 @@ CORPORA = ("brown", "wikitext", "abc_news", "ag_news")
 TOKENS, DIM, BERGSON_DIM = 64, 4096, 16
 PAIRS = {"two lowest blocks": r"layers\.[01]\.", "two highest blocks": r"layers\.(28|29)\."}
 EVERY = "all_linear"
+PARTS = ["blocks", "all", "between", "error"]
 
 
 def pair(folder: Path, dtype: str) -> tuple[str, str]:
@@ -395,12 +396,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"threads": options.threads, "tokens": TOKENS, "dim": DIM}
     for dtype in ("bfloat16",) if options.quick else ("bfloat16", "float32"):
         models = pair(options.models or folder, dtype)
-        result[dtype] = {
-            "blocks": blocks(models, dtype, 32 if options.quick else 64, rounds),
-            "all": every_layer(models, dtype, options.bergson, rounds, folder),
-        }
-    result["between"] = between(models, rounds)
-    result["error"] = error(models, 8 if options.quick else 24, 1 if options.quick else 3)
+        found: dict[str, Any] = {}
+        if "blocks" in options.only:
+            found["blocks"] = blocks(models, dtype, 32 if options.quick else 64, rounds)
+        if "all" in options.only:
+            found["all"] = every_layer(models, dtype, options.bergson, rounds, folder)
+        if "between" in options.only and dtype == "bfloat16":
+            found["between"] = between(models, rounds)
+        result[dtype] = found
+    if "error" in options.only:
+        models = pair(options.models or folder, "bfloat16")
+        result["error"] = error(models, 8 if options.quick else 24, 1 if options.quick else 3)
     return result
 
 
@@ -412,6 +418,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="bfloat16, fewer documents and rounds: under 3 minutes"
     )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
     parser.add_argument("--bergson", metavar="PYTHON", help="an interpreter with bergson installed")
     parser.add_argument(
         "--models", type=Path, metavar="FOLDER", help="keep the models here for the next time"
