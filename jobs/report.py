@@ -72,7 +72,7 @@ def report(job: Job, kind: str = "html", out: str | None = None, price: float | 
         run.stage_fingerprint(stage)
         summary[stage] = run.stage_result(stage)
     selection = run.read_table(SELECTION)
-    summary["map"] = _map(job, selection["row"].to_numpy())
+    summary["map"] = _map(run, selection["row"].to_numpy(), keep=out is None)
     if run.exists(NEAREST) and (near := run.read_table(NEAREST)).num_rows == selection.num_rows:
         for name in near.column_names:
             selection = selection.append_column(name, near[name])
@@ -84,12 +84,12 @@ def report(job: Job, kind: str = "html", out: str | None = None, price: float | 
         print(page, end="")
         return out
     path = out or run.path(f"report.{kind}")
-    if out:
+    if out:  # into a folder that may be nobody's to write to, nothing is written
         _write_file(out, page)
     else:
         run.write_bytes(f"report.{kind}", page.encode())
-    job.progress.log.write("report", "end", path=path)
-    job.progress.log.flush()
+        job.progress.log.write("report", "end", path=path)
+        job.progress.log.flush()
     job.progress.say(f"report: {path}")
     return path
 
@@ -114,23 +114,30 @@ def spent(run: RunDir) -> dict[str, float]:
     return total
 
 
-def _map(job: Job, rows: Any) -> dict[str, Any] | None:
-    """The map of the selection, kept as a stage of its own: the store may be gone when a report is made again."""
+def _map(run: RunDir, rows: Any, keep: bool) -> dict[str, Any] | None:
+    """The map of the selection; kept as a stage of its own, for the store may be gone at the next report.
+
+    Args:
+        rows: of the selection, in pick order.
+        keep: write it into the run.
+    """
     from engine.report import plane
-    from engine.rundir import STAGES, STORE
+    from engine.rundir import STAGES, STORE, fingerprint
     from engine.store import GradientStore
 
-    run = job.run
-    if not run.exists(f"{STAGES}/map.json") and not run.exists(STORE):
-        return None
     inputs = {"select": run.stage_fingerprint("select"), "code": CODE}
-
-    def work() -> dict[str, Any]:
-        started = time.monotonic()
-        found = plane(GradientStore.open(run), rows)
-        return {"map": found, "seconds": round(time.monotonic() - started, 3)}
-
-    return job.guarded("map", inputs, work)["map"]
+    if run.exists(f"{STAGES}/map.json"):
+        record = run.read_json(f"{STAGES}/map.json")
+        if record["fingerprint"] == fingerprint(inputs):
+            return record["result"]["map"]
+    if not run.exists(STORE):
+        return None
+    started = time.monotonic()
+    found = plane(GradientStore.open(run), rows)
+    if keep:
+        run.write_json(f"{STAGES}/map.inputs.json", inputs)
+        run.finish("map", inputs, {"map": found, "seconds": round(time.monotonic() - started, 3)})
+    return found
 
 
 def _write_file(name: str, page: str) -> None:

@@ -132,6 +132,7 @@ def test_a_second_run_skips_every_stage_says_so_and_changes_nothing(
     assert main(["recover", "--config", str(spec)]) == 0
     said = capsys.readouterr().err
     stages = [path.stem for path in (run / "stages").glob("*.json") if not path.stem.endswith(".inputs")]
+    stages.remove("map")  # a part of the report
     assert len(stages) >= 10
     for stage in stages:
         assert f"{stage}: complete already, skipped" in said

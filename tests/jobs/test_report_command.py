@@ -101,6 +101,25 @@ def test_the_map_outlives_the_store(run: RunDir) -> None:
     assert json.loads(run.read_bytes("report.json"))["map"] is None
 
 
+def test_a_selection_that_was_made_anew_gets_a_new_map(run: RunDir) -> None:
+    main(["report", run.root, "--format", "json", "-q"])
+    before = json.loads(run.read_bytes("report.json"))["map"]
+    table = run.read_table(SELECTION)
+    run.write_table(SELECTION, table.set_column(1, "row", pa.array(np.arange(20))))
+    run.remove("stages/select.inputs.json")
+    run.finish("select", {"size": 20}, {"seconds": 1.0})
+    main(["report", run.root, "--format", "json", "-q"])
+    after = json.loads(run.read_bytes("report.json"))["map"]
+    assert after["selected"] != before["selected"]
+    assert after["corpus"] == before["corpus"]
+
+
+def test_a_report_elsewhere_leaves_the_run_as_it_was(run: RunDir, tmp_path: Path) -> None:
+    before = {name: run.read_bytes(name) for name in run.walk()}
+    assert main(["report", run.root, "--out", str(tmp_path / "page.html"), "-q"]) == 0
+    assert {name: run.read_bytes(name) for name in run.walk()} == before
+
+
 def test_time_is_that_of_all_starts_also_of_killed_ones(run: RunDir) -> None:
     events = [
         (10, "extract", "begin"), (14, "extract", "progress"),  # killed
