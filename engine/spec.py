@@ -135,7 +135,9 @@ class Task(Section):
 class Gradients(Section):
     """Which gradients are taken, at which checkpoints, and how they are projected (METHOD sections 2 to 4)."""
 
-    layers: str = Field("last", description="last, all_linear (all but the head), or a regular expression over module names")
+    layers: str = Field(
+        "last", description="last, all_linear (all but the head), or a regular expression over module names"
+    )
     checkpoints: int | list[float] = Field(
         1, description="P, or a list of fractions of the way base -> finetuned"
     )
