@@ -38,6 +38,9 @@ RUN_ROWS = 64
 SHARES = {"encode": 0.15, "gradient": 0.5, "select": 0.15, "train": 0.2}
 """Shares of the time that a calibration may take."""
 
+TRAINED_BYTES = 20
+"""Bytes a weight that training is taken to need when it is decided whether to try it: 16, and something on top."""
+
 FETCHED = 256
 """Single rows of the store that are read on trial."""
 
@@ -67,8 +70,8 @@ class Calibration:
     """What was measured; costs are those of one process on this machine.
 
     documents: sampled. tokens, tokens_error: mean tokens of a document and its standard error. seek: reading
-    one run of RUN_ROWS documents somewhere in the corpus. encode: reading and encoding a document. gradient:
-    a document at one checkpoint; timed: documents that it was measured on. interpolate: moving the model to
+    one run of RUN_ROWS documents somewhere in the corpus. encode: encoding a document. gradient: a document
+    at one checkpoint; timed: documents that it was measured on. interpolate: moving the model to
     another checkpoint. write: a document's rows. load: model, head and projector of a worker. read, fetch: a
     row of the store, streamed and by itself. index: a row. pick, pick_row: a pick is pick + rows * pick_row.
     train: a document, one epoch; None when the training would not fit beside the rest. encoder_bytes,
@@ -124,7 +127,7 @@ def calibrate(
     Args:
         spec, plan, target, endpoints, encoder: of the run.
         scratch: a folder on the run's storage; removed at the end.
-        device: where gradients are taken.
+        device: where gradients are taken: cpu, cuda, or auto for a model spread over several GPUs.
     """
     sample, seek, encode = _encode(spec, plan, encoder, SHARES["encode"] * seconds)
     encoder_bytes = psutil.Process().memory_info().rss
@@ -136,6 +139,7 @@ def calibrate(
     with Watch() as interpolate:
         if spec.gradients.fractions != [1.0]:
             engine.endpoints.interpolate(engine.model, 0.5)
+    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     del engine
     gc.collect()
     try:
@@ -143,8 +147,9 @@ def calibrate(
     finally:
         scratch.remove("")
     worker_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    device_bytes = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    train = _train(spec, endpoints, encoder, sample, found, device, SHARES["train"] * seconds)
+    gpus = range(0 if device == "cpu" else torch.cuda.device_count())
+    device_bytes = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+    train = _train(spec, endpoints, encoder, sample, parameters, device, SHARES["train"] * seconds)
     index, pick, pick_row = _select(spec, plan.n_rows, found, SHARES["select"] * seconds)
     lengths = sample.lengths
     return Calibration(
@@ -354,35 +359,34 @@ def _train(
     endpoints: Endpoints,
     encoder: Encoder,
     sample: Ragged,
-    found: PartitionGradients,
+    parameters: int,
     device: str,
     seconds: float,
 ) -> float | None:
-    """Seconds that training takes a document and epoch, by one process; None when it would not fit."""
+    """Seconds that training takes a document and epoch, by one process; None when it would not fit a device."""
     settings = spec.retrain.model_copy(
         update={"epochs": 1, "early_stopping": False, "patience": None, "checkpoint_steps": 0}
     )
     dtype = torch_dtype(settings.dtype)
-    if dtype == torch.float16 and device == "cpu":
+    if device == "auto" or (dtype == torch.float16 and device == "cpu"):
         return None
-    model = load_model(endpoints.base, dtype, "cpu", spec.models.trust_remote_code)
-    weights = sum(parameter.numel() for parameter in model.parameters())
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    if 20 * weights > 0.5 * free:
-        return None
     usable = np.flatnonzero(sample.lengths > 1)
+    if TRAINED_BYTES * parameters > 0.5 * free or not len(usable):
+        return None
     label = np.asarray(encoder.label_ids or [0], np.int32)
     examples = sample.with_labels(np.resize(label, len(sample)))
     size = min(settings.batch_size, len(usable))
     rng = np.random.default_rng(0)
 
     def timed(steps: int) -> float:
+        trust = spec.models.trust_remote_code
+        model = load_model(endpoints.base, dtype, device, trust)  # anew: training may add adapters to it
         chosen = examples.take(rng.choice(usable, steps * size))
-        began = time.perf_counter()
-        train_plain(model, chosen, settings, 0, label_rows(encoder))
-        return time.perf_counter() - began
+        with Watch() as watch:
+            train_plain(model, chosen, settings, 0, label_rows(encoder))
+        return watch.cost.wall
 
-    model.to(device)
     first = timed(1)
     steps = int(max(1, min(32, seconds / max(first, 1e-3))))
     return timed(steps) / (steps * size)

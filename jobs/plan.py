@@ -20,6 +20,7 @@ from engine.errors import UserError
 from engine.estimate import Estimate, Machine, ModelSize, estimate, human
 from engine.models import load_config
 from engine.recipe import prepare as prepare_training
+from engine.storage import reason
 from engine.store import StoreShape
 from jobs.extract import Prepared, prepare
 from jobs.job import Job
@@ -41,8 +42,11 @@ def main(arguments: list[str]) -> int:
     with job.locked():
         result = plan(job, own["seconds"], own["documents"], own["workers"], own["docs_per_second"])
     if own["json"]:
-        with open(own["json"], "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(result), file, indent=2)
+        try:
+            with open(own["json"], "w", encoding="utf-8") as file:
+                json.dump(dataclasses.asdict(result), file, indent=2)
+        except OSError as error:
+            raise UserError(f"cannot write {own['json']}: {reason(error)}.") from None
     print(table(result))
     for warning in result.warnings:
         print(f"warning: {warning}")
@@ -59,9 +63,9 @@ def parser() -> argparse.ArgumentParser:
         "--seconds", type=_positive, default=SECONDS, help="seconds of calibration (default: 30)"
     )
     group.add_argument("--json", metavar="PATH", help="write the estimate as JSON too")
-    group.add_argument("--documents", type=int, help="suppose so many documents, of the corpus's kind")
+    group.add_argument("--documents", type=_count, help="suppose so many documents, of the corpus's kind")
     group.add_argument(
-        "--workers", type=int, help="suppose so many gradient actors, each as fast as this one"
+        "--workers", type=_count, help="suppose so many gradient actors, each as fast as this one"
     )
     group.add_argument(
         "--docs-per-second", type=_positive, help="suppose this speed of one gradient actor, measure nothing"
@@ -70,10 +74,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError("must be above 0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
     return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number, at least 1, not {text!r}")
+    return int(text)
 
 
 def plan(
@@ -90,8 +103,6 @@ def plan(
         documents, workers, rate: suppositions, in place of the corpus, of this machine's gradient actors, and
             of their measured speed (documents a second of one; nothing is then measured).
     """
-    if any(value is not None and value < 1 for value in (documents, workers)):
-        raise UserError("--documents and --workers must be at least 1.")
     ready = prepare(job)
     began = time.perf_counter()
     with session(job.spec.ray, job.verbose):
