@@ -16,6 +16,9 @@ from ray.util.annotations import RayDeprecationWarning
 from engine.errors import UserError
 from engine.spec import Ray
 
+SHAPES_KEPT = "64"
+"""Shapes whose compiled products a worker keeps: those of the last few batches."""
+
 
 @contextlib.contextmanager
 def session(settings: Ray, verbose: bool = False) -> Iterator[None]:
@@ -66,10 +69,16 @@ def gpus_per_worker(asked: float | None) -> float:
 
 
 def worker_env() -> dict[str, dict[str, str]]:
-    """Environment of every worker: no thread pool may take the whole machine, no progress bars in logs."""
+    """Environment of every worker: no thread pool may take the whole machine, no progress bars in logs.
+
+    On a CPU torch and oneDNN each keep what they compiled for the last 1,024 shapes of a 16-bit product, and every
+    batch has shapes of its own: hundreds of megabytes that no later batch uses (docs/decisions.md).
+    """
     return {
         "env_vars": {
             "OMP_NUM_THREADS": "1",
+            "LRU_CACHE_CAPACITY": SHAPES_KEPT,
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES_KEPT,
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TRANSFORMERS_VERBOSITY": "error",
