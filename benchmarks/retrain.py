@@ -1,5 +1,6 @@
 """Cost of retraining: ``python benchmarks/retrain.py [--quick] [--part NAME ...] [--json OUT] [--svg OUT]``.
 
+loop: CPU seconds a step of our loop and of a bare torch loop, ten steps of each in turn in one process.
 overhead: seconds a step of a training under Ray Train against a bare torch loop of the same steps, each in
 processes of its own, in turns (A-B-A-B). startup: seconds from the call to the first step, and where they go.
 scaling: documents a second of 1 and 2 workers of one thread. memory: bytes a worker holds by ZeRO stage
@@ -20,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from cluster.train import TrainJob, train, train_many  # noqa: E402
 from engine.spec import Retrain, Task  # noqa: E402
 
+QUICK_PARTS = ("loop", "memory")
 TASK = Task(labels=["world", "business", "science"], template="{text}\nTopic:", max_tokens=24)
 PACKAGES = ("stdlib", "numpy", "torch")
 SKIPPED = 10
@@ -67,6 +70,17 @@ class Bench:
         pq.write_table(pa.table({"text": [t for t, _ in rows], "label": [n for _, n in rows]}), path)
         return str(path)
 
+    def lowest_blocks(self, count: int) -> str:
+        """A model of the lowest blocks alone, for what needs many trainings and no speed."""
+        import transformers
+
+        from engine.models import load_tokenizer, save
+
+        folder = str(self.folder / f"lowest-{count}")
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.base, num_hidden_layers=count)
+        save(model, load_tokenizer(self.base), folder)
+        return folder
+
     def job(self, retrain: Retrain, selection: str | None = None) -> TrainJob:
         """A training into a new folder."""
         self.made += 1
@@ -89,8 +103,8 @@ class Bench:
         }
 
 
-def bare_loop(base: str, selection: str, threads: int, dtype: str) -> float:
-    """Seconds a step of a loop with nothing but torch: the same batches, loss, clipping and optimizer."""
+def bare_steps(base: str, selection: str, dtype: str) -> Iterator[None]:
+    """A loop with nothing but torch, a step each time: the same batches, loss, clipping and optimizer as ours."""
     import pyarrow.parquet as pq
     import torch
 
@@ -99,7 +113,6 @@ def bare_loop(base: str, selection: str, threads: int, dtype: str) -> float:
     from engine.models import load_model, load_tokenizer, torch_dtype
     from engine.recipe import epoch_order, learning_rate
 
-    torch.set_num_threads(threads)
     retrain = recipe(dtype=dtype)
     encoder = Encoder(load_tokenizer(base), TASK, "last_token")
     examples = load_examples(pq.read_table(selection), encoder)
@@ -109,10 +122,7 @@ def bare_loop(base: str, selection: str, threads: int, dtype: str) -> float:
     weights = list(model.parameters())
     masters = [w if w.dtype == torch.float32 else w.detach().float() for w in weights]
     optimizer = torch.optim.AdamW(masters, weight_decay=0.0, fused=True)
-    began = 0.0
     for step, batch in enumerate(batches):
-        if step == SKIPPED:
-            began = time.perf_counter()
         hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         states = hidden[torch.arange(len(batch.lengths)), batch.lengths - 1]
         targets = batch.targets[torch.arange(len(batch.lengths)), batch.lengths - 1]
@@ -130,33 +140,97 @@ def bare_loop(base: str, selection: str, threads: int, dtype: str) -> float:
             for weight, master in zip(weights, masters, strict=True):
                 if master is not weight:
                     weight.copy_(master)
-    return (time.perf_counter() - began) / (len(batches) - SKIPPED)
+        yield
+
+
+def bare_loop(base: str, selection: str, threads: int, dtype: str) -> float:
+    """Seconds a step of `bare_steps` once it is warm."""
+    import torch
+
+    torch.set_num_threads(threads)
+    began, steps = 0.0, 0
+    for steps, _ in enumerate(bare_steps(base, selection, dtype), 1):
+        if steps == SKIPPED:
+            began = time.perf_counter()
+    return (time.perf_counter() - began) / (steps - SKIPPED)
+
+
+def loop(bench: Bench, turns: int, dtype: str, threads: int) -> dict[str, Any]:
+    """CPU seconds a step of `engine.training.fit` and of the bare loop, ten steps of each in turn.
+
+    In one process and by CPU time, so that the ratio holds on a machine that does other things too.
+    """
+    import pyarrow.parquet as pq
+    import torch
+
+    from engine.encode import Encoder
+    from engine.examples import load_examples
+    from engine.models import load_model, load_tokenizer, torch_dtype
+    from engine.training import train_plain
+
+    torch.set_num_threads(threads)
+    selection = bench.documents(8 * turns * SKIPPED)
+    encoder = Encoder(load_tokenizer(bench.base), TASK, "last_token")
+    examples = load_examples(pq.read_table(selection), encoder)
+    times: dict[str, list[float]] = {"ours": [], "bare": []}
+    bare, began = bare_steps(bench.base, selection, dtype), [0.0]
+
+    def in_turn(event: dict[str, Any]) -> None:
+        now = time.process_time()
+        times["ours"].append((now - began[0]) / SKIPPED)
+        for _ in range(SKIPPED):
+            next(bare)
+        began[0] = time.process_time()
+        times["bare"].append((began[0] - now) / SKIPPED)
+
+    began[0] = time.process_time()
+    model = load_model(bench.base, torch_dtype(dtype))
+    train_plain(model, examples, recipe(dtype=dtype), 3, encoder.label_ids, progress=in_turn)
+    warm = {name: values[1:] for name, values in times.items()}
+    ratio = statistics.median(a / b for a, b in zip(warm["ours"], warm["bare"], strict=True))
+    print(f"\nCPU seconds a step, {dtype}, {threads} threads, ten steps in turn ({len(warm['bare'])} turns)")
+    for name, values in warm.items():
+        print(f"  {name:6} {statistics.median(values):7.3f}")
+    print(f"  ours / bare, median of the turns: {ratio:.3f}")
+    return {**times, "ratio": ratio}
 
 
 def overhead(bench: Bench, rounds: int, dtypes: list[str], threads: int) -> dict[str, Any]:
     """Our loop against the bare one, and DeepSpeed's at one worker beside them; medians of the rounds."""
     result: dict[str, Any] = {}
     for dtype in dtypes:
-        ways: dict[str, Callable[[], float]] = {
-            "bare torch": lambda dtype=dtype: _bare(bench, threads, dtype),
-            "unbake": lambda dtype=dtype: bench.timed(recipe(dtype=dtype, threads=threads))["step"],
+        ways: dict[str, Callable[[], dict[str, Any]]] = {
+            "bare torch": lambda dtype=dtype: {"step": _bare(bench, threads, dtype)},
+            "unbake": lambda dtype=dtype: bench.timed(
+                recipe(dtype=dtype, threads=threads), bench.documents(8 * bench.steps)
+            ),
             "unbake, DeepSpeed ZeRO-1": lambda dtype=dtype: bench.timed(
-                recipe(dtype=dtype, threads=threads, deepspeed={"wall_clock_breakdown": False})
-            )["step"],
+                recipe(dtype=dtype, threads=threads, deepspeed={"wall_clock_breakdown": False}),
+                bench.documents(8 * bench.steps),
+            ),
         }
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, run in ways.items():
-                times[name].append(run())
-        base = statistics.median(times["bare torch"])
+                runs[name].append(run())
         print(f"\nseconds a step, {dtype}, {threads} threads: median of {rounds} (ratio to bare torch)")
-        for name, values in times.items():
-            print(f"  {name:26} {statistics.median(values):7.3f}  ({statistics.median(values) / base:.3f})")
-        result[dtype] = {
-            name: {"seconds": values, "ratio": statistics.median(values) / base}
-            for name, values in times.items()
-        }
+        medians = {name: statistics.median(run["step"] for run in found) for name, found in runs.items()}
+        for name, value in medians.items():
+            print(f"  {name:26} {value:7.3f}  ({value / medians['bare torch']:.3f})")
+        ratios = {name: value / medians["bare torch"] for name, value in medians.items()}
+        result[dtype] = {"runs": runs, "ratios": ratios}
+        _print_starts({name: found for name, found in runs.items() if "startup" in found[0]})
     return result
+
+
+def _print_starts(runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Medians of what `Bench.timed` says of the start."""
+    print("\nseconds from the call to the first step (in: its parts), medians")
+    for name, found in runs.items():
+        names = found[0]["parts"]
+        parts = {part: statistics.median(run["parts"][part] for run in found) for part in names}
+        told = ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
+        print(f"  {name:26} {statistics.median(run['startup'] for run in found):6.1f}  (in: {told})")
 
 
 def _bare(bench: Bench, threads: int, dtype: str) -> float:
@@ -178,16 +252,11 @@ def startup(bench: Bench, rounds: int, threads: int) -> dict[str, Any]:
         "2 workers, ZeRO-1": recipe(workers=2, threads=1),
         "2 workers, ZeRO-3": recipe(workers=2, threads=1, zero_stage=3),
     }
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, retrain in kinds.items():
-            times = bench.timed(retrain, bench.documents(8))
-            runs[name].append({"all": times["startup"], **times["parts"]})
-    print(f"\nseconds from the call to the first step: median of {rounds} (in: its parts)")
-    for name, values in runs.items():
-        median = {part: statistics.median(run[part] for run in values) for part in values[0]}
-        parts = ", ".join(f"{part} {value:.1f}" for part, value in median.items() if part != "all")
-        print(f"  {name:22} {median['all']:6.1f}  (in: {parts})")
+            runs[name].append(bench.timed(retrain, bench.documents(8)))
+    _print_starts(runs)
     return runs
 
 
@@ -275,7 +344,10 @@ def _worker(rank: int, port: int, base: str, retrain: Retrain, folder: str) -> N
 
 
 def curves(bench: Bench, documents: int) -> dict[str, Any]:
-    """Loss by step of every stage and number of workers; the largest difference from the plain loop's."""
+    """Loss by step of every stage and number of workers; the largest difference from the plain loop's.
+
+    The model's four lowest blocks, all of whose weights train.
+    """
     import pyarrow.parquet as pq
     import torch
 
@@ -284,19 +356,23 @@ def curves(bench: Bench, documents: int) -> dict[str, Any]:
     from engine.models import load_model, load_tokenizer
     from engine.training import train_plain
 
-    fields = {"dtype": "float32", "threads": 1, "epochs": 2, "freeze_below": 24, "learning_rate": 2e-4}
+    fields = {"dtype": "float32", "threads": 1, "epochs": 2, "learning_rate": 2e-4}
     selection = bench.documents(documents)
-    torch.set_num_threads(2)
-    encoder = Encoder(load_tokenizer(bench.base), TASK, "last_token")
+    torch.set_num_threads(1)
+    base = bench.lowest_blocks(4)
+    encoder = Encoder(load_tokenizer(base), TASK, "last_token")
     examples = load_examples(pq.read_table(selection), encoder)
-    model = load_model(bench.base, torch.float32)
+    model = load_model(base, torch.float32)
     plain = train_plain(model, examples, recipe(**fields), 3, encoder.label_ids)["curve"]
     result = {"plain torch loop": {"curve": plain, "difference": 0.0}}
     block = {"wall_clock_breakdown": False}
     for workers in (1, 2):
         kinds = {f"{workers} worker{'s' * (workers > 1)}, ZeRO-{stage}": stage for stage in range(4)}
         jobs = [
-            bench.job(recipe(**fields, workers=workers, zero_stage=stage, deepspeed=block), selection)
+            replace(
+                bench.job(recipe(**fields, workers=workers, zero_stage=stage, deepspeed=block), selection),
+                base=base,
+            )
             for stage in kinds.values()
         ]
         for name, trained in zip(kinds, train_many(jobs), strict=True):
@@ -338,8 +414,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("overhead", "startup", "scaling", "memory", "curves")
-    parser.add_argument("--quick", action="store_true", help="fewer steps, one round: under three minutes")
+    parts = ("loop", "overhead", "startup", "scaling", "memory", "curves")
+    parser.add_argument("--quick", action="store_true", help="fewer steps, one round; loop and memory alone")
     parser.add_argument("--part", action="append", choices=parts, help="only this; may be repeated")
     parser.add_argument("--rounds", type=int, default=2, help="of each timing, in turns; medians are printed")
     parser.add_argument("--dtype", action="append", choices=("bfloat16", "float32"), help="of overhead")
@@ -355,10 +431,13 @@ def main() -> None:
     from cluster.session import session
     from engine.spec import Ray
 
-    quick, wanted = options.quick, options.part or parts
+    quick = options.quick
+    wanted = options.part or (QUICK_PARTS if quick else parts)
     rounds, result = 1 if quick else options.rounds, {}
     with tempfile.TemporaryDirectory(prefix="unbake-bench-") as folder, session(Ray(num_cpus=2)):
         bench = Bench(Path(folder), 2 * SKIPPED, options.model)
+        if "loop" in wanted:
+            result["loop"] = loop(bench, 2 if quick else 3, "bfloat16", options.threads)
         if "overhead" in wanted:
             dtypes = options.dtype or (["bfloat16"] if quick else ["bfloat16", "float32"])
             result["overhead"] = overhead(bench, rounds, dtypes, options.threads)

@@ -72,7 +72,6 @@ def _train_one(
         stored: folders of the job's encoded documents.
         clock: when the job was called for, and when each part of the start since then was over.
     """
-    import torch
     from ray.train import get_context
 
     from cluster.agreement import agree
@@ -110,38 +109,22 @@ def _train_one(
             position = training.Position(**record["position"])
         clock["model"] = time.time()
         resumed_at = position.step
-
-        def report(event: dict[str, Any]) -> None:
-            if stepper.rank == 0:
-                board.put.remote({"job": job.name, **event})
-
-        def checkpoint(position: Any) -> None:
-            record = {"position": position.as_dict(), "workers": world}
-            checkpoints.save(position.step, record, stepper.save)
-            if job.trajectory is not None:
-                _export(job, stepper, tokenizer, f"{job.trajectory}/step-{position.step:06d}", None)
-
-        hooks = training.Hooks(
-            keep=lambda _: _export(job, stepper, tokenizer, f"{job.target}.best", None),
-            checkpoint=checkpoint,
-            progress=report,
-        )
         training.fit(
-            stepper, examples, job.retrain, job.seed, position, validation, bool(encoder.label_ids), hooks
+            stepper,
+            examples,
+            job.retrain,
+            job.seed,
+            position,
+            validation,
+            bool(encoder.label_ids),
+            _hooks(job, stepper, tokenizer, checkpoints, board),
         )
         metrics = {
             **training.metrics(position, examples, job.retrain),
+            **_circumstances(stepper, clock),
             "name": job.name,
             "seed": job.seed,
             "fingerprint": print_,
-            "workers": world,
-            "device": device.type,
-            "threads": torch.get_num_threads(),
-            "zero_stage": stepper.stage,
-            "deepspeed": stepper.config,
-            "trained_parameters": stepper.trained_parameters,
-            "startup_seconds": clock["model"] - clock["called"],
-            "startup": {name: end - start for (_, start), (name, end) in pairwise(clock.items())},
             "resumed_at": resumed_at,
         }
         if validation is None or not job.retrain.early_stopping:
@@ -157,6 +140,43 @@ def _train_one(
         examples.close()
         if validation is not None:
             validation.close()
+
+
+def _hooks(job: TrainJob, stepper: Any, tokenizer: Any, checkpoints: Any, board: Any) -> Any:
+    """What happens around the loop: news for the driver, checkpoints, the best model so far."""
+    from engine import training
+
+    def report(event: dict[str, Any]) -> None:
+        if stepper.rank == 0:
+            board.put.remote({"job": job.name, **event})
+
+    def checkpoint(position: Any) -> None:
+        record = {"position": position.as_dict(), "workers": stepper.world}
+        checkpoints.save(position.step, record, stepper.save)
+        if job.trajectory is not None:
+            _export(job, stepper, tokenizer, f"{job.trajectory}/step-{position.step:06d}", None)
+
+    return training.Hooks(
+        keep=lambda _: _export(job, stepper, tokenizer, f"{job.target}.best", None),
+        checkpoint=checkpoint,
+        progress=report,
+    )
+
+
+def _circumstances(stepper: Any, clock: dict[str, float]) -> dict[str, Any]:
+    """How and where a training ran, for its metrics."""
+    import torch
+
+    return {
+        "workers": stepper.world,
+        "device": stepper.device.type,
+        "threads": torch.get_num_threads(),
+        "zero_stage": stepper.stage,
+        "deepspeed": stepper.config,
+        "trained_parameters": stepper.trained_parameters,
+        "startup_seconds": clock["model"] - clock["called"],
+        "startup": {name: end - start for (_, start), (name, end) in pairwise(clock.items())},
+    }
 
 
 def _stepper(

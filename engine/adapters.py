@@ -97,8 +97,8 @@ def save_trained_adapter(
     """Write the adapters of a trained model, alone or merged into the base model's weights.
 
     Args:
-        base: folder of the base model; state: the model's weights by name, as trained (ZeRO-3 holds the
-            model's own in pieces); notes: further text files, name -> contents.
+        base: folder of the base model; state: the adapters' weights by name, as trained (ZeRO-3 holds the
+            model's own in pieces), among others or alone; notes: further text files, name -> contents.
 
     Raises:
         UserError: no space or no permission.

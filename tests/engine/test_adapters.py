@@ -13,9 +13,10 @@ import torch
 from engine.adapters import save_trained_adapter
 from engine.encode import Encoder
 from engine.errors import UserError
+from engine.examples import load_examples
 from engine.models import load_model, load_tokenizer, resolve
 from engine.spec import Lora, Retrain, Task
-from engine.training import load_examples, train_plain
+from engine.training import train_plain
 
 TASK = Task(labels=tiny.LABELS, max_tokens=32)
 PROBE = torch.arange(20)[None]
