@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -12,8 +15,23 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in (("RAY_AUTH_MODE", "disabled"), ("DS_ACCELERATOR", "cpu"), ("TMPDIR", str(tmp_path))):
+@pytest.fixture
+def ray_folder() -> Iterator[str]:
+    """A short path: those of sockets below it end at 107 bytes."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_notebook_runs_from_top_to_bottom(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ray_folder: str
+) -> None:
+    for name, value in (
+        ("RAY_AUTH_MODE", "disabled"),
+        ("DS_ACCELERATOR", "cpu"),
+        ("TMPDIR", str(tmp_path)),
+        ("RAY_TMPDIR", ray_folder),
+    ):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(ROOT / "docs/notebook.ipynb", 4)
