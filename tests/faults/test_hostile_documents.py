@@ -72,7 +72,7 @@ def write_files(folder: Path, hostile: bool, bad: int, good: int) -> list[str]:
     lines = [json.dumps({"text": text, "id": "same id"}).encode() for text, _ in tiny.sentences(good, 5)]
     lines += bad_lines(bad, rng) if hostile else [b'{"text": ""}'] * bad
     order = list(range(good + bad))
-    rng.shuffle(order)
+    random.Random(1).shuffle(order)  # the same for both
     (folder / "a.jsonl").write_bytes(b"".join(lines[i] + b"\n" for i in order))
     with open(folder / "b.csv", "w", newline="") as file:
         file.write("text,id\n")
@@ -112,6 +112,7 @@ def spec_of(folder: Path, files: list[str], base: str, finetuned: str) -> RunSpe
     )
 
 
+@pytest.mark.slow
 def test_ten_thousand_bad_documents_harm_nobody(tmp_path: Path, tiny_base: str, tiny_finetuned: str) -> None:
     stores = []
     for hostile in (True, False):
@@ -157,7 +158,9 @@ def test_ten_thousand_bad_documents_harm_nobody(tmp_path: Path, tiny_base: str, 
     np.testing.assert_array_equal(one.features, two.features)
     np.testing.assert_array_equal(one.scale, two.scale)
     # beside the lost row group fewer documents share a batch: equal to rounding
-    np.testing.assert_allclose(ours.take(good).exact(0), theirs.take(good).exact(0), rtol=0, atol=2e-3)
+    one, two = ours.take(good), theirs.take(good)
+    np.testing.assert_allclose(one.features.astype(float), two.features.astype(float), rtol=0, atol=1e-3)
+    np.testing.assert_allclose(one.scale, two.scale, rtol=1e-3)
     assert ours.valid[-len(odd_texts()) :].all()
     assert set(blank["reason"]) >= {"text is empty"}
 

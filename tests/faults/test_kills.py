@@ -53,6 +53,7 @@ def run(case: Path, name: str, **settings: object) -> Path:
     return case.parent / name
 
 
+@pytest.mark.slow
 def test_a_worker_killed_between_its_data_and_its_record_leaves_no_trace(
     case: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

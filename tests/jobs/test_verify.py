@@ -133,9 +133,7 @@ def test_lost_swapped_and_foreign_files_are_found(run: Path) -> None:
     ("name", "repeated"),
     [
         ("gradients.zarr/features/c/1/2/0", [2]),
-        ("done/00000001.json", [1]),
         ("gradients.zarr/zarr.json", []),
-        ("gradients.zarr/target/c/0", []),
         ("gradients.json", []),
         ("selection.parquet", None),
     ],
