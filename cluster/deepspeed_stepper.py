@@ -178,11 +178,20 @@ def import_deepspeed() -> Any:
 
     That operation serves inference on CPUs alone, yet the first `initialize` would compile it: 50 s, a C++
     compiler, and a lock file that makes the next run wait for ever when the build is killed.
+
+    Its checkpoints are read with `weights_only`, which it does not ask for: of the classes in them those below are
+    known to be harmless, any other ends the training.
     """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
     return deepspeed
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 import shutil
 import struct
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +160,46 @@ def test_a_store_of_the_format_that_knows_pickles_is_not_opened(tmp_path: Path) 
     (tmp_path / "gradients.zarr/zarr.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         GradientStore.open(run)
+
+
+CHECKPOINT = """
+    import pickle, sys, tempfile
+    from pathlib import Path
+    import torch
+    import torch.distributed as dist
+    from cluster.deepspeed_stepper import DeepSpeedStepper
+    from engine.spec import Retrain
+    dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
+    folder = Path(sys.argv[2])
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (folder / "went-off",))
+    for stage, dtype in ((1, "float32"), (2, "auto"), (3, "auto"), (0, "float32")):
+        retrain = Retrain(zero_stage=stage, dtype=dtype, batch_size=4)
+        stepper = DeepSpeedStepper(sys.argv[1], retrain, None, (1, 4), torch.device("cpu"), 0)
+        stepper.save(str(folder / str(stage)))
+        stepper.load(str(folder / str(stage)))
+        for file in (folder / str(stage)).rglob("*model_states.pt"):
+            sound = torch.load(file, weights_only=True)
+            file.write_bytes(b"")
+            torch.save({**sound, "more": Bomb()}, file)
+        try:
+            stepper.load(str(folder / str(stage)))
+        except pickle.UnpicklingError:
+            print("refused", flush=True)
+        stepper.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_deepspeed_checkpoint_is_read_as_weights_alone(tiny_base: str, tmp_path: Path) -> None:
+    """What DeepSpeed writes it reads again; a class that is not known to be harmless is refused."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CHECKPOINT), tiny_base, str(tmp_path)],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("refused") == 4, done.stdout + done.stderr
+    assert not (tmp_path / "went-off").exists()
