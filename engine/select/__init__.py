@@ -87,12 +87,6 @@ def described(rows: Rows, columns: Columns, spec: Select, order: Ints) -> Select
     return _described(rows, spec, _eligible(rows, columns, spec), order, None, [])
 
 
-def described(rows: Rows, columns: Columns, spec: Select, order: Ints) -> Selection:
-    """A selection of rows that were chosen elsewhere, (k,) in pick order, with its path of f and its weights."""
-    rows = view_of(rows, spec)
-    return _described(rows, spec, _eligible(rows, columns, spec), order, None, [])
-
-
 def local_shards(rows: Rows, spec: Select, eligible: Bools, label: Labels | None) -> Shards:
     """All rows as one shard in this process."""
     u, budgets, threads = (
