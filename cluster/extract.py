@@ -26,6 +26,7 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.util.annotations import RayDeprecationWarning
 
 from cluster.session import gpus_per_worker
+from engine import memory
 from engine.checkpoints import Endpoints
 from engine.corpus import Plan, read_partition
 from engine.encode import Encoder, Ragged, spec_encoder
@@ -113,6 +114,7 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
                 compute=_pool(settings.workers_min, settings.workers_max, CALLS),
                 num_cpus=cpus,
                 num_gpus=gpus or None,
+                runtime_env={"env_vars": {} if gpus else memory.ENVIRONMENT},
                 **replaced,
             )
         )

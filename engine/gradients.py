@@ -22,6 +22,7 @@ from engine.encode import IGNORE, Encoder, Ragged
 from engine.labels import best_labels
 from engine.last_layer import LastLayer, Result
 from engine.layers import LayerHooks
+from engine.memory import keep_freed_memory
 from engine.models import Head, check_head, compile_body, find_head, hidden_states, load_model, torch_dtype
 from engine.placement import Place, entry_device
 from engine.projection import Projector
@@ -85,6 +86,8 @@ class GradientEngine:
     ) -> None:
         self.endpoints, self.encoder, self.target, self.spec = endpoints, encoder, target, spec
         self.fractions = spec.gradients.fractions
+        if str(device) == "cpu":
+            keep_freed_memory()
         self.model = load_model(
             endpoints.finetuned,
             torch_dtype(spec.gradients.dtype),
