@@ -120,7 +120,7 @@ def test_a_misspelt_field_is_named_before_the_one_it_leaves_missing() -> None:
 
 
 def test_a_response_scope_without_columns_is_refused() -> None:
-    with pytest.raises(UserError, match=r"needs corpus\.prompt and corpus\.response"):
+    with pytest.raises(UserError, match=r"needs corpus\.messages, or corpus\.prompt and corpus\.response"):
         RunSpec.from_dict(changed(MODEL, "task.loss_scope", "response"))
 
 
