@@ -164,8 +164,9 @@ def _rows(stream: ray.data.Dataset, attempts: Any, limit: int) -> Iterator[dict[
         yield from stream.iter_rows()
     except LOST as error:
         begun: dict[int, int] = ray.get(attempts.unfinished.remote())
-        worst = max(begun, key=lambda partition: (begun[partition], -partition), default=None)
-        who = "a partition" if worst is None else f"partition {worst}"
+        # A worker holds several partitions: any that was there each time may be the one.
+        worst = sorted(partition for partition, times in begun.items() if times == max(begun.values()))
+        who = f"partition {' or '.join(map(str, worst))}" if worst else "a partition"
         raise UserError(
             f"{who} was lost {limit} times with its worker, out of memory perhaps ({first_line(error)}): lower "
             "gradients.tokens_per_batch or extract.workers_max; the partitions that were written are kept, and "

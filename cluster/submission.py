@@ -41,7 +41,8 @@ class Cluster:
                 f"--address {address} is no dashboard: give http://HOST:8265, where HOST is the head."
             )
         self.address = address
-        logging.getLogger("ray").setLevel(logging.WARNING)  # what it uploads is of no interest
+        for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # they tell of uploads
+            logging.getLogger(name).setLevel(logging.WARNING)
         with self._errors():
             self._client = JobSubmissionClient(address)
 

@@ -13,6 +13,7 @@ import boto3
 import fsspec
 import numpy as np
 import pytest
+import s3fs
 
 from engine.corpus import make_plan, read_partition
 from engine.gradients import PartitionGradients
@@ -37,6 +38,7 @@ def upstream() -> Iterator[str]:
 @pytest.fixture
 def here(upstream: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """This process's way to the server, without failures."""
+    s3fs.S3FileSystem.clear_instance_cache()  # they would go on asking the server of the tests before
     for name, value in s3.environment(upstream).items():
         monkeypatch.setenv(name, value)
     return upstream

@@ -173,7 +173,7 @@ def test_each_mistake_is_one_sentence_and_leaves_nothing(
     [
         (["retreive"], ["no command 'retreive'", "recover"]),
         (["recover", "--config", "none.yaml"], ["cannot read the spec none.yaml", "no such file"]),
-        (["recover", "--config", "."], ["cannot read the spec .", "is a directory"]),
+        (["recover", "--config", "."], ["is not a run directory", "it has no spec.yaml"]),
         (["recover"], ["models is missing"]),
         (["select"], ["models is missing"]),
         (["select", "--features", "x.npy"], ["--features, --target"]),

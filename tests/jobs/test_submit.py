@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -155,6 +156,12 @@ def unbake(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd="/", env=kept, capture_output=True, text=True, timeout=500)
 
 
+def job_of(done: subprocess.CompletedProcess[str]) -> str:
+    found = re.search(r"^(raysubmit_\w+) is submitted", done.stderr, re.MULTILINE)
+    assert found, done.stderr
+    return found[1]
+
+
 def test_submit_carries_the_code_and_the_spec_follows_and_returns_the_jobs_exit_code(
     head: str, config: Path
 ) -> None:
@@ -164,7 +171,7 @@ def test_submit_carries_the_code_and_the_spec_follows_and_returns_the_jobs_exit_
     assert done.returncode == 0, done.stdout + done.stderr
     assert "200 documents" in done.stdout  # the job's own words
     assert GradientStore.open(RunDir(str(run))).read(0, 200).valid.all()
-    job = done.stderr.split()[0]
+    job = job_of(done)
     assert "succeeded" in unbake("status", job, "--address", head).stdout
     assert "had ended" in unbake("stop", job, "--address", head).stdout
     state = unbake("status", str(run))
@@ -201,7 +208,7 @@ def test_a_job_that_is_stopped_goes_on_when_submitted_again(head: str, config: P
     run = config.parent / "run-stopped"
     where = ("--address", head, "--run_dir", str(run))
     begun = unbake("submit", str(config), *where, "--no-wait")
-    job = begun.stderr.split()[0]
+    job = job_of(begun)
     deadline = time.monotonic() + 120
     while not (run / "stages/extract.json").exists():
         assert time.monotonic() < deadline
