@@ -142,6 +142,7 @@ def test_training_on_stored_soft_packed_weighted_documents_follows_the_plain_loo
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_base_without_a_chat_template_trains_on_chats_by_the_fine_tuned_models(
     ray_session: None, tiny_base: str, tiny_finetuned: str, tmp_path: Path
 ) -> None:

@@ -195,6 +195,7 @@ def test_a_lost_worker_is_replaced_and_the_weights_are_those_of_an_undisturbed_t
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_of_two_trainings_at_once_only_the_one_that_lost_its_worker_goes_back_to_its_checkpoint(
     ray_session: None, tiny_base: str, selection: str, tmp_path: Path
 ) -> None:
