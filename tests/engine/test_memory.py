@@ -17,7 +17,7 @@ from engine.memory import keep_freed_memory
 if sys.argv[1] == "call":
     keep_freed_memory()
 def work():
-    for _ in range(3):
+    for _ in range(10):  # until the heap's holes have their sizes
         torch.ones(10 << 20) + torch.ones(10 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
