@@ -21,7 +21,7 @@ demo: $(READY)
 	$(BIN)/unbake demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m ''
