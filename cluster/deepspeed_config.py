@@ -18,10 +18,22 @@ OWNED = {
     "zero_optimization.stage": "zero_stage",
     "zero_optimization.offload_optimizer": "offload_optimizer",
     "zero_optimization.offload_param": "offload_parameters",
+    "zero_optimization.cpu_offload": "offload_optimizer",
+    "zero_optimization.cpu_offload_param": "offload_parameters",
     "bf16": "dtype",
+    "bfloat16": "dtype",
     "fp16": "dtype",
+    "amp": "dtype",
+    "elasticity": "workers and workers_max",
+    "tensor_parallel": "workers",
 }
 """Fields that follow from the spec, and the field of `retrain` that says so."""
+
+BUCKET_SHARE = 16
+"""A bucket of gradients holds 1 / 16 of what trains: 2 / 16 of a byte a parameter, however small the model."""
+
+BUCKET_MOST = 500_000_000
+"""Numbers in a bucket at most, DeepSpeed's own default: 1 GB, which ZeRO-3 holds all the time."""
 
 
 def deepspeed_config(retrain: Retrain, passes: tuple[int, int], dtype: str) -> dict[str, Any]:
@@ -36,6 +48,10 @@ def deepspeed_config(retrain: Retrain, passes: tuple[int, int], dtype: str) -> d
     Raises:
         UserError: retrain.deepspeed sets a field that another field of the spec decides.
     """
+    if not isinstance(retrain.deepspeed.get("zero_optimization", {}), dict):
+        raise UserError(
+            "retrain.deepspeed.zero_optimization must be a block of fields: see retrain.zero_stage."
+        )
     for name, ours in OWNED.items():
         if _has(retrain.deepspeed, name.split(".")):
             raise UserError(f"retrain.deepspeed sets {name}, which retrain.{ours} decides: remove it there.")
@@ -56,6 +72,12 @@ def deepspeed_config(retrain: Retrain, passes: tuple[int, int], dtype: str) -> d
     if dtype != "float32":
         config["bf16" if dtype == "bfloat16" else "fp16"] = {"enabled": True}
     return _merged(config, retrain.deepspeed)
+
+
+def fit_buckets(config: dict[str, Any], trained: int) -> None:
+    """Make the buckets of gradients fit a model of so many trained parameters, where the user's block does not."""
+    size = min(BUCKET_MOST, max(1, -(-trained // BUCKET_SHARE)))
+    config["zero_optimization"].setdefault("reduce_bucket_size", size)
 
 
 def zero_stage(retrain: Retrain, dtype: str) -> int:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from cluster.deepspeed_config import deepspeed_config
+from cluster.deepspeed_config import deepspeed_config, fit_buckets
 from engine.encode import Batch
 from engine.models import load_model
 from engine.recipe import make_optimizer, prepare, require_dtype
@@ -72,6 +72,7 @@ class DeepSpeedStepper:
         del partitioned
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.trained_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+        fit_buckets(config, self.trained_parameters)
         self.engine, *_ = deepspeed.initialize(
             model=DocumentScores(self.model, label_ids),
             model_parameters=trained,

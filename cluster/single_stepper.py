@@ -74,4 +74,5 @@ class SingleStepper(PlainStepper):
 
     def close(self) -> None:
         """Give back the memory, so that another can follow in this process."""
+        super().close()
         del self.model, self.optimizer, self.trained, self.masters

@@ -57,6 +57,9 @@ def _device(job: TrainJob) -> Any:
     # whether a GPU was lent is known to torch alone: Ray hides the others
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
+    from engine.memory import keep_freed_memory
+
+    keep_freed_memory()
     os.environ["DS_ACCELERATOR"] = "cpu"
     cores = len(os.sched_getaffinity(0)) // get_context().get_local_world_size()
     torch.set_num_threads(job.retrain.threads or max(1, cores))

@@ -52,12 +52,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """parameters, and how many of them are trained; shape of the body, for activations."""
+    """parameters, and how many of them are trained; shape of the body, for activations; rows of the head."""
 
     parameters: int
     trained: int
     hidden: int
     depth: int
+    vocab: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Estimate:
     """What a run takes, and what that was worked out from.
 
     documents, partitions, tokens, forward_passes: counts; tokens_error: a standard error. device: what device
-    hours count. disk, memory: bytes by what they are for. zero: bytes of a training worker by ZeRO stage.
+    hours count. disk, memory: bytes by what they are for. zero: bytes of a training worker by ZeRO stage, or of
+    the only one.
     """
 
     documents: int
@@ -187,14 +189,57 @@ def training_bytes(spec: RunSpec, size: ModelSize, stage: int, workers: int) -> 
     }
 
 
+def worker_bytes(spec: RunSpec, size: ModelSize) -> dict[str, dict[str, int]]:
+    """Bytes of a training worker under each stage that the spec could ask for; of plain torch if that trains.
+
+    Plain torch turns each 16-bit gradient into a float32 one as soon as it is there.
+    """
+    retrain = spec.retrain
+    if retrain.needs_deepspeed:
+        return {f"ZeRO {stage}": training_bytes(spec, size, stage, retrain.workers) for stage in (0, 1, 2, 3)}
+    return {"plain torch": {**training_bytes(spec, size, 0, 1), "gradients": 4 * size.trained}}
+
+
+def held_bytes(spec: RunSpec, size: ModelSize) -> tuple[int, int]:
+    """Bytes of weights, gradients and optimizer that a training worker holds: on its device, in main memory."""
+    retrain = spec.retrain
+    by_stage = worker_bytes(spec, size)
+    parts = by_stage.get("plain torch") or by_stage[f"ZeRO {retrain.zero_stage}"]
+    away = parts["optimizer"] * retrain.offload_optimizer + parts["weights"] * retrain.offload_parameters
+    return sum(parts.values()) - away, away
+
+
+def checkpoint_bytes(spec: RunSpec, size: ModelSize) -> int:
+    """Bytes of a training's checkpoint: what trains in float32, its moments; under ZeRO 1 and 2 in 16 bits too."""
+    retrain = spec.retrain
+    wide = retrain.dtype == "float32"
+    masters_and_moments = training_bytes(spec, size, 0, 1)["optimizer"] + 4 * wide * size.trained
+    copies = retrain.needs_deepspeed and not wide and retrain.zero_stage < 3
+    return masters_and_moments + 2 * copies * size.trained
+
+
+def logit_bytes(spec: RunSpec, size: ModelSize, tokens: float) -> int:
+    """Bytes of the head's float32 logits in a forward pass and of their gradient: only loss tokens have any.
+
+    With responses how many of the tokens those are is not known before; all are counted.
+    """
+    rows = documents_per_pass(spec) * (1 if spec.loss_scope == "last_token" else tokens)
+    return int(2 * 4 * size.vocab * rows)
+
+
+def documents_per_pass(spec: RunSpec) -> int:
+    """Documents in one forward pass of a training worker."""
+    share = -(-spec.retrain.batch_size // spec.retrain.workers)
+    return min(share, spec.retrain.micro_batch_size or share)
+
+
 def activation_bytes(spec: RunSpec, size: ModelSize, tokens: float) -> int:
     """An estimate of a training worker's activations: 34 numbers' bytes a token, hidden unit and block.
 
     Korthikanti et al. (arXiv 2205.05198), section 4, for 16 bits, attention matrices not kept; recomputing
     keeps 2 of the 34.
     """
-    share = -(-spec.retrain.batch_size // spec.retrain.workers)
-    documents = min(share, spec.retrain.micro_batch_size or share)
+    documents = documents_per_pass(spec)
     kept = (2 if spec.retrain.activation_checkpointing else 34) * (
         2 if spec.retrain.dtype == "float32" else 1
     )
@@ -227,9 +272,7 @@ def estimate(
         stages=_stages(spec, documents, machine, c, rate),
         disk=_disk(spec, shape, size),
         memory=_memory(spec, shape, size, machine, c),
-        zero={
-            f"ZeRO {stage}": training_bytes(spec, size, stage, spec.retrain.workers) for stage in (0, 1, 2, 3)
-        },
+        zero=worker_bytes(spec, size),
         machine=machine,
         calibration=c,
     )
@@ -268,12 +311,11 @@ def _stages(
 
 def _disk(spec: RunSpec, shape: StoreShape, size: ModelSize) -> dict[str, int]:
     width = 4 if spec.retrain.dtype == "float32" else 2
-    state = sum(training_bytes(spec, size, 0, 1).values()) - width * size.trained  # no gradients in it
-    checkpoints = 0 if spec.retrain.checkpoint_steps == 0 else (spec.retrain.keep_checkpoints + 1) * state
+    kept = 0 if spec.retrain.checkpoint_steps == 0 else spec.retrain.keep_checkpoints + 1
     return {
         "gradients.zarr": store_bytes(shape),
         "retrained models": models(spec) * width * size.parameters,
-        "training checkpoints": checkpoints,
+        "training checkpoints": kept * checkpoint_bytes(spec, size),
     }
 
 
@@ -281,10 +323,11 @@ def _memory(
     spec: RunSpec, shape: StoreShape, size: ModelSize, machine: Machine, c: Calibration | None
 ) -> dict[str, int]:
     rows = spec.corpus.partition_rows
-    state = training_bytes(spec, size, spec.retrain.zero_stage, spec.retrain.workers)
+    on_device, away = held_bytes(spec, size)
     result = {
         "index": index_bytes(shape, spec.select.index_memory_mb) if "greedy" in spec.select.strategy else 0,
-        "training worker, weights to optimizer": sum(state.values()),
+        "training worker, weights to optimizer": on_device,
+        "offloaded by a training worker": away,
     }
     if c is not None:
         result |= {
@@ -293,6 +336,7 @@ def _memory(
             "encode actor": c.encoder_bytes,
             "encoded partition, in the object store": int(rows * c.tokens * ENCODED_BYTES),
             "training worker, activations (estimate)": activation_bytes(spec, size, c.tokens),
+            "training worker, logits (estimate)": logit_bytes(spec, size, c.tokens),
         }
     return {name: value for name, value in result.items() if value}
 
@@ -323,10 +367,11 @@ def _warnings(spec: RunSpec, shape: StoreShape, machine: Machine, result: Estima
         )
     training = sum(value for name, value in memory.items() if name.startswith("training worker"))
     free = machine.device_memory if machine.gpu else machine.memory
-    together = training * (1 if machine.gpu else spec.retrain.workers)
-    if together > MEMORY_SHARE * free:
+    if not machine.gpu:
+        training = (training + memory.get("offloaded by a training worker", 0)) * spec.retrain.workers
+    if training > MEMORY_SHARE * free:
         found.append(
-            f"training needs about {human(together)} and {human(free)} are free: use a higher "
+            f"training needs about {human(training)} and {human(free)} are free: use a higher "
             "retrain.zero_stage with more retrain.workers, offload_optimizer, or activation_checkpointing."
         )
     encoded = memory.get("encoded partition, in the object store", 0)

@@ -1,4 +1,4 @@
-"""Main memory of a CPU forward pass: freed activations stay with the process, so that no page is faulted in twice."""
+"""Main memory of a CPU's passes: what is freed stays with the process, so that no page is faulted in twice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def keep_freed_memory() -> None:
     """Have glibc's malloc keep what is freed; nothing where there is no glibc.
 
     By default each activation of a few megabytes is mapped anew and given back: a fifth of the CPU time of a
-    forward pass went into page faults (docs/extraction.md). The process then holds its peak to its end.
+    forward pass went into page faults (docs/extraction.md), and a tenth of a training step's
+    (docs/retraining.md). The process then holds its peak to its end.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

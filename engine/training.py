@@ -422,7 +422,11 @@ def metrics(position: Position, examples: Examples, retrain: Retrain) -> dict[st
 
 
 class PlainStepper:
-    """One process of plain torch; 16-bit models step on float32 master copies of their trained weights."""
+    """One process of plain torch; 16-bit models step on float32 master copies of their trained weights.
+
+    The gradient of a 16-bit weight goes over to its float32 master as soon as it is whole, so the 16-bit
+    gradients never exist all at once: 18 bytes a parameter at the end of backward with AdamW, 14 between steps.
+    """
 
     rank, world = 0, 1
 
@@ -435,6 +439,11 @@ class PlainStepper:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.trained]
         self.optimizer = make_optimizer(list(self.masters), retrain)
+        self._hooks = [
+            weight.register_post_accumulate_grad_hook(functools.partial(_to_master, master))
+            for weight, master in zip(self.trained, self.masters, strict=True)
+            if master is not weight
+        ]
 
     def scores(self, batch: Batch, hits: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Stepper`."""
@@ -443,11 +452,6 @@ class PlainStepper:
     def backward(self, loss: torch.Tensor) -> None:
         """See `Stepper`. Gradients add up in float32."""
         loss.backward()
-        for weight, master in zip(self.trained, self.masters, strict=True):
-            if master is not weight and weight.grad is not None:
-                grad = weight.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                weight.grad = None
 
     @torch.no_grad()
     def step(self, rate: float) -> torch.Tensor:
@@ -465,6 +469,19 @@ class PlainStepper:
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """See `Stepper`."""
         return values
+
+    def close(self) -> None:
+        """Let go of the model: its gradients are its own again."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _to_master(master: torch.Tensor, weight: torch.Tensor) -> None:
+    """Add a weight's gradient to its master's, and forget it."""
+    assert weight.grad is not None
+    grad = weight.grad.float()
+    master.grad = grad if master.grad is None else master.grad.add_(grad)
+    weight.grad = None
 
 
 def train_plain(
@@ -496,7 +513,10 @@ def train_plain(
     position = Position()
     judged = validation if retrain.judges else None
     hooks = Hooks(keep=keep, progress=progress or (lambda event: None))
-    fit(stepper, examples, retrain, seed, position, judged, label_ids is not None, hooks)
+    try:
+        fit(stepper, examples, retrain, seed, position, judged, label_ids is not None, hooks)
+    finally:
+        stepper.close()
     with torch.no_grad():
         for weight, kept in zip(stepper.trained, best, strict=bool(best)):
             weight.copy_(kept)

@@ -14,12 +14,15 @@ import transformers
 
 import cluster.calibrate
 import cluster.extract
+from cluster.deepspeed_config import deepspeed_config
 from cluster.session import session
 from engine.calibrate import Calibration
 from engine.errors import UserError
 from engine.estimate import Estimate, Machine, ModelSize, estimate, human
-from engine.models import load_config
+from engine.models import load_config, torch_dtype
+from engine.recipe import passes_per_step
 from engine.recipe import prepare as prepare_training
+from engine.spec import RunSpec
 from engine.storage import reason
 from engine.store import StoreShape
 from jobs.extract import Prepared, prepare
@@ -48,6 +51,7 @@ def main(arguments: list[str]) -> int:
         except OSError as error:
             raise UserError(f"cannot write {own['json']}: {reason(error)}.") from None
     print(table(result))
+    print(f"\nDeepSpeed configuration\n  {deepspeed_text(spec)}")
     for warning in result.warnings:
         print(f"warning: {warning}")
     return 0
@@ -174,6 +178,7 @@ def model_size(job: Job) -> ModelSize:
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         hidden=text.hidden_size,
         depth=text.num_hidden_layers,
+        vocab=text.vocab_size,
     )
 
 
@@ -199,13 +204,23 @@ def table(result: Estimate) -> str:
         (name, f"{human(sum(parts.values()))}  " + ", ".join(f"{k} {human(v)}" for k, v in parts.items()))
         for name, parts in result.zero.items()
     ]
-    blocks.append(("training worker by ZeRO stage, without activations", zero))
+    blocks.append(("training worker, without activations and logits", zero))
     width = max(len(name) for _, lines in blocks for name, _ in lines)
     out = []
     for title, lines in blocks:
         out += [f"\n{title}"] if title else []
         out += [f"  {name:<{width}}  {value}" for name, value in lines]
     return "\n".join(out)
+
+
+def deepspeed_text(spec: RunSpec) -> str:
+    """The DeepSpeed configuration that the spec means, as JSON."""
+    retrain = spec.retrain
+    if not retrain.needs_deepspeed:
+        return "none: one worker trains with plain torch"
+    passes = passes_per_step(spec.select.size, retrain, retrain.workers)
+    dtype = str(torch_dtype(retrain.dtype)).removeprefix("torch.")
+    return json.dumps(deepspeed_config(retrain, passes, dtype))
 
 
 def _sizes(sizes: dict[str, int]) -> list[tuple[str, str]]:

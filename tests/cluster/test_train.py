@@ -20,7 +20,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from cluster.deepspeed_config import deepspeed_config
+from cluster.deepspeed_config import deepspeed_config, fit_buckets
 from cluster.train import TrainJob, lanes, train_many
 from engine.encode import Encoder
 from engine.errors import UserError
@@ -158,13 +158,15 @@ def test_one_worker_follows_the_plain_loop_and_a_bad_job_is_one_sentence(
     (broken / "model.safetensors").write_bytes(b"no tensors")
     bad = job(str(broken), selection, tmp_path, "bad", recipe(parallel=1))
     good = job(tiny_base, selection, tmp_path, "good", recipe(parallel=1))
-    zero = job(
-        tiny_base, selection, tmp_path, "zero", recipe(parallel=1, deepspeed={"wall_clock_breakdown": False})
-    )
+    block = {"wall_clock_breakdown": False}  # any block makes it DeepSpeed's
+    stages = [
+        job(tiny_base, selection, tmp_path, f"zero{n}", recipe(parallel=1, zero_stage=n, deepspeed=block))
+        for n in range(4)
+    ]
     with pytest.raises(UserError, match=r"^bad: cannot load the model in .*broken"):
-        train_many([bad, good, zero])
+        train_many([bad, good, *stages])
     assert not os.path.exists(bad.target)
-    for one in (good, zero):
+    for one in (good, *stages):
         with open(f"{one.target}/training.json") as file:
             result = json.load(file)
         assert_follows_the_plain_loop(one, result)
@@ -344,9 +346,25 @@ def test_the_users_deepspeed_block_is_merged_and_may_not_contradict_the_spec() -
     assert config["bf16"] == {"enabled": True}
     for block, field in [
         ({"zero_optimization": {"stage": 3}}, "zero_stage"),
+        ({"zero_optimization": {"cpu_offload": True}}, "offload_optimizer"),
         ({"bf16": {"enabled": False}}, "dtype"),
+        ({"bfloat16": {"enabled": False}}, "dtype"),
+        ({"elasticity": {"enabled": True}}, "workers and workers_max"),
         ({"optimizer": {"type": "Adam"}}, "optimizer"),
         ({"gradient_clipping": 0.5}, "max_grad_norm"),
     ]:
         with pytest.raises(UserError, match=f"which retrain.{field} decides"):
             deepspeed_config(recipe(deepspeed=block), (1, 8), "float32")
+    with pytest.raises(UserError, match="zero_optimization must be a block"):
+        deepspeed_config(recipe(deepspeed={"zero_optimization": True}), (1, 8), "float32")
+
+
+def test_buckets_of_gradients_fit_the_model_unless_the_user_says_otherwise() -> None:
+    for trained, size in ((160, 10), (8_030_000_000, 500_000_000), (3, 1)):
+        config = deepspeed_config(recipe(zero_stage=3), (1, 8), "bfloat16")
+        fit_buckets(config, trained)
+        assert config["zero_optimization"]["reduce_bucket_size"] == size
+    theirs = {"zero_optimization": {"reduce_bucket_size": 1000}}
+    config = deepspeed_config(recipe(zero_stage=3, deepspeed=theirs), (1, 8), "bfloat16")
+    fit_buckets(config, 160)
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000

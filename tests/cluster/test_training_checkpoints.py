@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import tiny
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from cluster.checkpoints import Checkpoints
+from cluster.single_stepper import STATE, SingleStepper
+from engine.encode import Encoder, Ragged, pad
 from engine.errors import UserError
+from engine.estimate import ModelSize, checkpoint_bytes
+from engine.examples import load_examples
+from engine.models import load_tokenizer
+from engine.spec import Retrain, RunSpec, Task
 from engine.storage import Folder
+from engine.training import Hooks, Position, fit
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,3 +105,65 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write a checkpoint to .*job: no space left on device\.$"):
         checkpoints.save(1, {}, full)
     assert checkpoints.last() is None
+
+
+def test_a_checkpoint_takes_the_bytes_that_were_estimated(tiny_base: str, tmp_path: Path) -> None:
+    """Of a training of the upper half, after a step, in both types: tensors, without their names."""
+    for dtype in ("float32", "bfloat16"):
+        settings = RunSpec.from_dict(
+            {
+                "models": {"base": "b", "finetuned": "f"},
+                "corpus": {"paths": ["c"]},
+                "task": {"labels": ["a", "b"]},
+                "retrain": {"dtype": dtype, "freeze_below": 1},
+            }
+        )
+        stepper = SingleStepper(tiny_base, settings.retrain, None, torch.device("cpu"), 0)
+        batch = pad(
+            Ragged(np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32), np.array([0, 8])),
+            np.array([0]),
+        )
+        stepper.backward(stepper.scores(batch)[0].sum())
+        stepper.step(1e-5)
+        stepper.save(str(tmp_path))
+        size = ModelSize(10 * stepper.trained_parameters, stepper.trained_parameters, 1, 1)
+        held = sum(t.nbytes for name, t in load_file(tmp_path / STATE).items() if "step" not in name)
+        assert held == checkpoint_bytes(settings, size)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_training_with_dropout_goes_on_from_the_middle_of_an_epoch_to_the_same_bytes(
+    optimizer: str, tmp_path: Path
+) -> None:
+    """The order of documents, the learning rate and the dropout of a step follow from the seed and the step."""
+    base = tiny.save_model(tmp_path / "base", "gpt2")
+    encoder = Encoder(load_tokenizer(base), Task(labels=tiny.LABELS, max_tokens=32), "last_token")
+    texts, labels = zip(*tiny.sentences(20), strict=True)
+    examples = load_examples(pa.table({"text": list(texts), "label": list(labels)}), encoder)
+    fields = {"epochs": 3, "batch_size": 4, "schedule": "cosine", "dropout": True, "checkpoint_steps": 8}
+    momentum = 0.9 if optimizer == "sgd" else 0.0
+    retrain = Retrain(optimizer=optimizer, momentum=momentum, **fields)
+    kept = Checkpoints(str(tmp_path / "job"), 1, 0)
+
+    def run(position: Position, disturbed: bool) -> dict[str, torch.Tensor]:
+        stepper = SingleStepper(base, retrain, encoder.label_ids, torch.device("cpu"), 0)
+        if position.step:
+            with kept.opened(kept.last()["name"]) as folder:
+                stepper.load(folder)
+
+        def save(position: Position) -> None:
+            if disturbed:
+                kept.save(position.step, position.as_dict(), stepper.save)
+
+        fit(stepper, examples, retrain, 3, position, hooks=Hooks(checkpoint=save))
+        return stepper.gathered()
+
+    whole = Position()
+    expected = run(whole, disturbed=True)
+    record = kept.last()
+    resumed = Position(**{name: record[name] for name in Position().as_dict()})
+    assert resumed.step == 8, "of 5 in each epoch"
+    torch.manual_seed(99)
+    weights = run(resumed, disturbed=False)
+    assert resumed.losses == whole.losses
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())

@@ -16,10 +16,13 @@ from engine.estimate import (
     ModelSize,
     estimate,
     extraction_seconds,
+    held_bytes,
     index_bytes,
+    logit_bytes,
     selection_seconds,
     store_bytes,
     training_bytes,
+    worker_bytes,
 )
 from engine.gradients import PartitionGradients
 from engine.rows import ArrayRows
@@ -114,6 +117,32 @@ def test_frozen_weights_have_neither_gradients_nor_moments() -> None:
     assert frozen["weights"] == whole["weights"]
     assert frozen["gradients"] == whole["gradients"] // 2
     assert frozen["optimizer"] == whole["optimizer"] // 2
+
+
+def test_a_single_worker_of_plain_torch_holds_float32_gradients_and_needs_no_stage() -> None:
+    (parts,) = worker_bytes(spec(), SIZE).values()
+    assert sum(parts.values()) == 18 * SIZE.trained
+    assert set(worker_bytes(spec(retrain={"workers": 2}), SIZE)) == {f"ZeRO {stage}" for stage in range(4)}
+
+
+def test_what_is_offloaded_is_held_in_main_memory_instead_of_the_device() -> None:
+    fields = {"workers": 2, "zero_stage": 3}
+    all_there, _ = held_bytes(spec(retrain=fields), SIZE)
+    left, away = held_bytes(spec(retrain={**fields, "offload_optimizer": True}), SIZE)
+    assert away == 6 * SIZE.trained
+    assert left == all_there - away
+    left, away = held_bytes(
+        spec(retrain={**fields, "offload_optimizer": True, "offload_parameters": True}), SIZE
+    )
+    assert (left, away) == (SIZE.trained, 7 * SIZE.trained)
+
+
+def test_logits_count_the_tokens_that_carry_loss() -> None:
+    size = dataclasses.replace(SIZE, vocab=1000)
+    assert logit_bytes(spec(retrain={"batch_size": 8}), size, 50.0) == 2 * 4 * 1000 * 8
+    texts = {"kind": "language_modelling", "labels": []}
+    passes = spec(task=texts, retrain={"batch_size": 8, "micro_batch_size": 2})
+    assert logit_bytes(passes, size, 50.0) == 2 * 4 * 1000 * 2 * 50
 
 
 def test_more_actors_help_until_something_else_binds() -> None:

@@ -315,6 +315,27 @@ def test_steps_too_small_for_bfloat16_add_up_in_float32_masters(
     assert 0.7 < (moved / exact_moved).sqrt().item() < 1.3
 
 
+def test_gradients_of_bfloat16_weights_add_up_in_float32_and_leave_nothing_behind(
+    tiny_base: str, encoder: Encoder, examples: Ragged
+) -> None:
+    retrain = recipe(dtype="auto")
+    stepper = PlainStepper(prepare(load_model(tiny_base), retrain), retrain, encoder.label_ids)
+    halves = [pad(examples, np.arange(4)), pad(examples, np.arange(4, 8))]
+    wanted = [torch.zeros(weight.shape) for weight in stepper.trained]
+    for batch in halves:
+        grads = torch.autograd.grad(stepper.scores(batch)[0].sum(), stepper.trained)
+        for total, grad in zip(wanted, grads, strict=True):
+            assert grad.dtype == torch.bfloat16
+            total += grad.float()
+        stepper.backward(stepper.scores(batch)[0].sum())
+    for weight, master, total in zip(stepper.trained, stepper.masters, wanted, strict=True):
+        assert weight.grad is None
+        assert torch.equal(master.grad, total)
+    stepper.close()
+    stepper.scores(halves[0])[0].sum().backward()
+    assert all(weight.grad is not None for weight in stepper.trained), "the model is as it was"
+
+
 # ---- ends
 
 

@@ -34,6 +34,7 @@ def test_a_plan_measures_every_stage_and_starts_none(
     assert main(["plan", "--config", str(config), "--seconds", "2", "--json", str(out), "-q"]) == 0
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
     assert "200 in 4 partitions" in printed
+    assert "none: one worker trains with plain torch" in printed
     assert found["documents"] == 200
     assert {stage["name"]: stage["hours"] > 0 for stage in found["stages"]} == {
         "extract": True,
@@ -50,11 +51,16 @@ def test_suppositions_need_no_measurement(
     config: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     supposed = ["--documents", "100000000", "--workers", "64", "--docs-per-second", "500"]
+    supposed += ["--retrain.workers", "2", "--retrain.zero_stage", "3"]
     assert main(["plan", "--config", str(config), *supposed, "-q"]) == 0
     printed = capsys.readouterr().out
     assert "100,000,000 in 1,562,500 partitions" in printed
     assert "52.1 min" in printed  # 1e8 / (64 * 500) seconds
     assert "select.index_memory_mb" in printed  # 512 MB do not hold an index of 1e8 rows
+    (line,) = (line for line in printed.splitlines() if "gradient_clipping" in line)
+    shown = json.loads(line)
+    assert shown["zero_optimization"]["stage"] == 3
+    assert (shown["train_micro_batch_size_per_gpu"], shown["gradient_accumulation_steps"]) == (4, 1)
 
 
 @pytest.mark.parametrize(

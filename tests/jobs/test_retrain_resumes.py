@@ -18,7 +18,7 @@ import yaml
 
 from jobs.__main__ import main
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -34,8 +34,8 @@ def config(tmp_path: Path, tiny_base: str, tiny_finetuned: str, tiny_corpus: str
         "extract": {"threads": 1, "workers_max": 1},
         "select": {"size": 16},
         "retrain": {
-            "strategies": ["greedy"], "seeds": [0, 1], "epochs": 300, "batch_size": 4, "dtype": "float32",
-            "threads": 1, "parallel": 1, "workers": 2, "zero_stage": 2, "checkpoint_steps": 100,
+            "strategies": ["greedy"], "seeds": [0, 1], "epochs": 120, "batch_size": 4, "dtype": "float32",
+            "threads": 1, "parallel": 1, "workers": 2, "zero_stage": 2, "checkpoint_steps": 40,
         },
     }  # fmt: skip
     path = tmp_path / "run.yaml"
@@ -58,7 +58,7 @@ def start(config: Path, run: str, folder: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
 
 
@@ -83,7 +83,7 @@ def test_after_kill_9_of_the_driver_the_same_command_goes_on(config: Path) -> No
 
     finish(start(config, "disturbed", folder))
     assert first.stat().st_mtime_ns == written, "what was done is not done again"
-    assert json.loads((run / "models/greedy-1/training.json").read_text())["resumed_at"] >= 100
+    assert json.loads((run / "models/greedy-1/training.json").read_text())["resumed_at"] >= 40
     finish(start(config, "undisturbed", folder))
     for seed in (0, 1):
         name = f"models/greedy-{seed}/model.safetensors"
