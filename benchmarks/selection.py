@@ -4,8 +4,9 @@
 
 Two data sets, both in the store that extraction writes (Zarr, float16): *real*, last-layer gradients of
 SmolLM2-135M on ../shared/data, with mixed and perturbed copies to reach the sizes; and *spectrum*, Gaussian
-rows with eigenvalues i^-1.5 and log-normal norms. Each measurement is a process of its own, so that its peak
-resident memory is its own; totals include building the index, reading and reporting.
+rows with eigenvalues like those of the real ones (`TAIL`), or i^-p where p is given, and log-normal norms.
+Each measurement is a process of its own, so that its peak resident memory is its own; totals include building
+the index, reading and reporting.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ CORPORA = (("brown", 4000), ("abc_news", 3500), ("wikitext", 2500))
 TRAINED = 2500  # AG News documents: 1,500 to fine-tune the head, 1,000 to test it
 TOKENS = 40
 WORDS = ("World", "Sports", "Business", "Technology")
+
+
+TAIL = ((0, 1.0), (1, 0.621), (2, 0.388), (4, 0.103), (8, 0.0838), (16, 0.0622), (32, 0.0421), (64, 0.0285))
+TAIL += ((128, 0.0189), (256, 0.0116), (512, 0.0063), (1024, 0.0031), (2048, 0.0011), (4096, 0.0))
+"""(r, share of the squares that the r leading directions leave) of 8,000 of the real unit rows at d = 4096."""
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -129,9 +135,18 @@ def real_rows(base: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.nd
     return x, length[i] * np.exp(0.1 * rng.standard_normal(n))
 
 
-def spectrum_rows(dim: int, n: int, rng: np.random.Generator, power: float) -> tuple[np.ndarray, np.ndarray]:
-    """n Gaussian rows with eigenvalues i^-power, log-normal norms."""
-    x = rng.standard_normal((n, dim), np.float32) * np.arange(1, dim + 1, dtype=np.float32) ** (-power / 2)
+def deviations(kind: str, dim: int) -> np.ndarray:
+    """(dim,) float32, square roots of the eigenvalues of `spectrum` (tails as in TAIL) or `spectrum<p>` (i^-p)."""
+    power = kind.removeprefix("spectrum")
+    if power:
+        return np.arange(1, dim + 1, dtype=np.float32) ** np.float32(-float(power) / 2)
+    left = np.interp(np.arange(dim + 1), *np.array(TAIL).T)
+    return np.sqrt(np.maximum(-np.diff(left), 0)).astype(np.float32)
+
+
+def spectrum_rows(deviation: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """n Gaussian rows with these deviations along the axes, log-normal norms."""
+    x = rng.standard_normal((n, deviation.size), np.float32) * deviation
     return x, np.exp(0.5 * rng.standard_normal(n))
 
 
@@ -145,12 +160,12 @@ def make_store(folder: Path, kind: str, n: int, dim: int, share: float) -> str:
     if kind == "real":
         base, target = real_gradients(folder, dim, share)
     else:
-        power = float(kind.removeprefix("spectrum"))
-        target = np.random.default_rng(SEED).normal(size=dim) * np.arange(1, dim + 1) ** (-power / 2)
+        deviation = deviations(kind, dim)
+        target = np.random.default_rng(SEED).normal(size=dim) * deviation
     store = GradientStore.create(RunDir(str(name)), StoreShape(1, n, dim, PARTITION), target, {})
     for partition, start in enumerate(range(0, n, PARTITION)):
         rng, m = np.random.default_rng([SEED, partition]), min(PARTITION, n - start)
-        x, scale = real_rows(base, m, rng) if kind == "real" else spectrum_rows(dim, m, rng, power)
+        x, scale = real_rows(base, m, rng) if kind == "real" else spectrum_rows(deviation, m, rng)
         x /= np.linalg.norm(x, axis=1, keepdims=True)
         nothing, zeros = np.full((1, m), np.nan, np.float32), np.zeros(m, np.int32)
         features, scales = x.astype(np.float16)[None], scale.astype(np.float32)[None]
@@ -491,7 +506,7 @@ def main() -> None:
     parser.add_argument("--figure", help="write the figure of rows per pick here (svg)")
     parser.add_argument("--folder", default="runs/bench-select", help="for stores and cached states (3 GB)")
     parser.add_argument("--only", choices=["compare", "scaling", "flat", "shards"], help="one part alone")
-    parser.add_argument("--kinds", nargs="+", default=["real", "spectrum1.5"])
+    parser.add_argument("--kinds", nargs="+", default=["real", "spectrum"])
     parser.add_argument("--apart", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.apart:

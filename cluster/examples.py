@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.resources import options
 from cluster.train import TrainJob, document_hash, worker_resources
 from engine.errors import UserError, first_line
 from engine.examples import INDEX, encode_documents, write_index, write_part
@@ -64,6 +65,7 @@ def stored_examples(job: TrainJob, documents: str, soft: bool) -> str:
             compute=ActorPoolStrategy(min_size=1, max_size=len(groups)),
             num_cpus=needs["CPU"],
             num_gpus=needs.get("GPU"),
+            **options(job.retrain),
         )
     else:
         stream = stream.map(encode_group, fn_args=work, num_cpus=ENCODE_CPUS)

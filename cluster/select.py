@@ -9,6 +9,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from cluster.resources import options
 from engine.errors import UserError
 from engine.rows import Rows
 from engine.select import Labels, ShardFactory
@@ -19,7 +20,7 @@ from engine.spec import Select
 _AHEAD = 8  # picks asked for at once, while guesses come true
 
 
-@ray.remote(num_cpus=1, max_restarts=0)
+@ray.remote(max_restarts=0)
 class ShardActor:
     """One shard in its own process; it opens the store itself and reads its own partitions.
 
@@ -72,6 +73,7 @@ class RayShards:
         self._ranges = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
         memory = max(1, spec.index_memory_mb // len(self._ranges))
         self._shared = (spec.rows, ray.put(eligible), ray.put(label), memory, spec.cache_memory_mb)
+        self._place = {"num_cpus": spec.cpus_per_shard, **options(spec)}
         self._closed_rows: list[np.ndarray] = []
         self._closed_labels: tuple[int, ...] = ()
         self.actors = [self._start(*r) for r in self._ranges]
@@ -108,7 +110,7 @@ class RayShards:
         )
 
     def _start(self, start: int, stop: int) -> Any:
-        return ShardActor.remote(self._open_rows, start, stop, *self._shared)
+        return ShardActor.options(**self._place).remote(self._open_rows, start, stop, *self._shared)
 
 
 def ray_shards(open_rows: Callable[[], Rows], count: int | None = None) -> ShardFactory:

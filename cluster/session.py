@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 
 import ray
+from ray._private import ray_constants
 from ray.util.annotations import RayDeprecationWarning
 
 from engine.errors import UserError
@@ -58,14 +59,11 @@ def session(settings: Ray, verbose: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
-def has_gpus() -> bool:
-    """Whether the connected cluster has a GPU now."""
-    return ray.cluster_resources().get("GPU", 0) >= 1
-
-
 def gpus_per_worker(asked: float | None) -> float:
-    """GPUs a worker gets: as asked, by default one where the cluster has any."""
-    return asked if asked is not None else float(has_gpus())
+    """GPUs a worker gets: as asked, by default one where the cluster has any, or is known to be able to start one."""
+    from cluster.resources import could_have_gpus
+
+    return asked if asked is not None else float(could_have_gpus())
 
 
 def worker_env() -> dict[str, dict[str, str]]:
@@ -87,7 +85,7 @@ def worker_env() -> dict[str, dict[str, str]]:
 
 
 def _start_local(settings: Ray, verbose: bool) -> None:
-    with contextlib.nullcontext() if verbose else _without_stderr():
+    with contextlib.nullcontext() if verbose else _without_stderr(), _loopback():
         ray.init(
             address="local",
             num_cpus=settings.num_cpus,
@@ -98,6 +96,21 @@ def _start_local(settings: Ray, verbose: bool) -> None:
             object_store_memory=settings.object_store_mb << 20,
             runtime_env=worker_env(),
         )
+
+
+@contextlib.contextmanager
+def _loopback() -> Iterator[None]:
+    """Have the instance that is started in the block listen on 127.0.0.1 alone, as Ray's do on macOS.
+
+    On Linux they listen on every interface: Ray 2.60 turns a loopback address that it is given into the host's
+    own, and has no other setting (tests/faults/test_security.py looks at the sockets).
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ checkpoints of its own, so each is resumed by itself whatever the others have co
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import queue
@@ -36,6 +37,10 @@ NO_BYTES = (
     "max_failures",
     "parallel",
     "loggers",
+    "cpus_per_worker",
+    "memory_mb",
+    "accelerator_type",
+    "node_labels",
 )
 """Fields of the section that change nothing in a model's bytes."""
 
@@ -83,11 +88,16 @@ class TrainJob:
         """The validation documents, if this training is judged on any."""
         return self.validation if self.retrain.judges else None
 
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """`document_hash` of the selection and, where there is one, of the validation documents, by file."""
+        return {file: document_hash(file) for file in (self.selection, self.validation) if file}
+
     def fingerprint(self) -> str:
         """sha256 (hex) of all that the model's bytes depend on; UserError when documents are missing."""
         fields = {
             "base": self.base_hash or self.base,
-            "documents": [document_hash(file) for file in (self.selection, self.validation) if file],
+            "documents": list(self.hashes.values()),
             "task": self.task.model_dump(mode="json"),
             "scope": self.scope,
             "chat": self.chat,
@@ -150,13 +160,19 @@ def lanes(jobs: list[TrainJob]) -> int:
 def worker_resources(retrain: Retrain) -> dict[str, float]:
     """What Ray reserves for one worker: its GPUs and a CPU, or a CPU for each of its threads if they fit."""
     gpus = gpus_per_worker(retrain.gpus_per_worker)
+    memory = {} if retrain.memory_mb is None else {"memory": float(retrain.memory_mb << 20)}
     if gpus:
-        return {"CPU": 1, "GPU": gpus}
+        return {"CPU": retrain.cpus_per_worker or 1, "GPU": gpus, **memory}
+    return {"CPU": retrain.cpus_per_worker or _threads_that_fit(retrain), **memory}
+
+
+def _threads_that_fit(retrain: Retrain) -> int:
+    """A worker's threads, as far as a node has CPUs for them."""
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     fits = max(max(nodes, default=1), 1)
     if len(nodes) == 1:
         fits = max(1, fits // retrain.workers)
-    return {"CPU": min(retrain.threads or 1, fits)}
+    return min(retrain.threads or 1, fits)
 
 
 def worker_group(job: TrainJob) -> tuple[Any, ...]:
@@ -166,6 +182,10 @@ def worker_group(job: TrainJob) -> tuple[Any, ...]:
         r.workers,
         r.workers_max,
         r.gpus_per_worker,
+        r.cpus_per_worker,
+        r.memory_mb,
+        r.accelerator_type,
+        tuple(r.node_labels.items()),
         r.threads,
         r.max_failures,
         r.parallel,
@@ -320,6 +340,8 @@ def _fit(config: dict[str, Any], runs: Folder, name: str) -> None:
             num_workers=(retrain.workers, retrain.workers_max) if retrain.elastic else retrain.workers,
             use_gpu=gpu,
             resources_per_worker=resources,
+            accelerator_type=retrain.accelerator_type,
+            label_selector=dict(retrain.node_labels) or None,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=RunConfig(

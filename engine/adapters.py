@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, first_line, install
 from engine.models import load_model, load_tokenizer, save, written_whole
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def lora_config(retrain: Retrain, model: transformers.PreTrainedModel) -> Any:
     try:
         from peft import LoraConfig
     except ImportError:
-        raise UserError("retrain.lora needs PEFT: pip install 'unbake[adapters]'.") from None
+        raise UserError(f"retrain.lora needs PEFT: {install('adapters')}.") from None
     depth = model.config.get_text_config().num_hidden_layers
     if retrain.freeze_below >= depth:
         raise UserError(f"retrain.freeze_below is {retrain.freeze_below}, and the model has {depth} blocks.")

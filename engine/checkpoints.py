@@ -1,7 +1,7 @@
 """Synthetic checkpoints: theta_j = theta_0 + f_j (theta_f - theta_0), from two memory-mapped endpoints.
 
 Every theta_j is computed per tensor in float32 from the endpoints and rounded once, never from another
-theta_j (METHOD section 2); the only model in memory is the working one that they are written into.
+theta_j (docs/method.md, step 2); the only model in memory is the working one that they are written into.
 """
 
 from __future__ import annotations

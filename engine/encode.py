@@ -19,7 +19,7 @@ import torch
 
 from engine.chat import Turns, load_chat, render
 from engine.errors import UserError
-from engine.models import load_tokenizer
+from engine.models import load_config, load_tokenizer
 from engine.spec import LossScope, RunSpec, Task
 
 IGNORE = -100
@@ -266,10 +266,31 @@ class Encoder:
 
 
 def spec_encoder(spec: RunSpec, base: str, finetuned: str) -> Encoder:
-    """The encoder of a run, on the base model's tokenizer; folders of both models, see `load_tokenizer`."""
+    """The encoder of a run, on the base model's tokenizer; folders of both models, see `load_tokenizer`.
+
+    Raises:
+        UserError: no usable tokenizer, or documents may be longer than the model has positions for.
+    """
     template_of = finetuned if spec.corpus.messages is not None else None
     tokenizer = load_tokenizer(base, spec.models.trust_remote_code, template_of)
+    around = 0
+    if spec.task.kind == "classification":
+        around = len(tokenizer(spec.task.template.replace("{text}", ""))["input_ids"])
+    _check_positions(spec, base, around)
     return Encoder(tokenizer, spec.task, spec.loss_scope, spec.corpus.messages is not None)
+
+
+def _check_positions(spec: RunSpec, base: str, around: int) -> None:
+    """Refuse documents beyond a table of learned positions (GPT-2, OPT); rotary ones have no end."""
+    config = load_config(base, spec.models.trust_remote_code).get_text_config()
+    positions, limit = getattr(config, "max_position_embeddings", None), spec.task.max_tokens
+    if positions is None or getattr(config, "rope_parameters", None) or limit + around <= positions:
+        return
+    beside = f", and with the {around} tokens around a text" if around else ""
+    raise UserError(
+        f"task.max_tokens is {limit:,}{beside} that is more than the {positions:,} positions that {base} has: set it "
+        f"to {positions - around:,} or fewer."
+    )
 
 
 def label_token_ids(tokenizer: Any, labels: Sequence[str]) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class UserError(Exception):
     """A mistake in the input or the environment, not in the program.
@@ -15,3 +17,8 @@ def first_line(error: BaseException) -> str:
     """The first line of what an exception says, without a full stop, to be part of a sentence."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).strip().rstrip(".")
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of ours into the very Python that runs this."""
+    return f"{sys.executable} -m pip install 'unbake[{extra}]'"

@@ -2,7 +2,7 @@
 
 The last layer needs no backward pass: one forward pass gives the states h_t and the logits, hence
 ``e_t = w_t (softmax(W h_t) - onehot(y_t))`` and the gradient ``G = sum_t e_t h_t^T`` in factored form
-(METHOD section 3). Other linear layers give the same factors through hooks and one backward pass a batch.
+(docs/method.md, step 3). Other linear layers give the same factors through hooks and one backward pass a batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Autolabel: what the fine-tuned model says about a document (METHOD section 1), from states already computed."""
+"""Autolabel: what the fine-tuned model says about a document (docs/method.md, step 1), from states already computed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The last layer's loss, error factors and projected gradients, from the states that enter it, in one pass.
 
 For a loss token with state h, target y and logits z the error is ``e = w (softmax(z) - onehot(y))`` and the
-gradient ``e h^T`` (METHOD section 3). The vocabulary is walked in chunks of rows, each with the softmax's
+gradient ``e h^T`` (docs/method.md, step 3). The vocabulary is walked in chunks of rows, each with the softmax's
 running maximum and sum (Milakov and Gimelshein 2018), so that no (tokens, V) array ever exists: errors are
 linear, hence what has been projected with an old maximum is rescaled when a new one comes.
 """

@@ -19,7 +19,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, first_line, install
 from engine.placement import Place, check_placed, loading_options
 from engine.spec import LoadIn
 
@@ -200,7 +200,7 @@ def compile_body(model: transformers.PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_head(model: transformers.PreTrainedModel, head: Head) -> None:
-    """Refuse a model whose logits are not what `Head` computes from its last states (METHOD section 3).
+    """Refuse a model whose logits are not what `Head` computes from its last states (docs/method.md, step 3).
 
     Raises:
         UserError: names the architecture, when its own logits differ from ours on a probe.
@@ -264,6 +264,7 @@ def resolve(
     Raises:
         UserError: nothing there, no safetensors, or a broken file.
     """
+    source = os.path.expanduser(source)
     if source.endswith(".gguf"):
         return _from_gguf(source, target)
     folder = os.path.abspath(source) if os.path.isdir(source) else _from_hub(source, revision)
@@ -419,7 +420,7 @@ def _dequantised() -> dict[str, Any]:
 
 def _from_hub(name: str, revision: str | None) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model folder {name} does not exist.")
+        raise UserError(f"model folder {os.path.abspath(name)} does not exist.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -428,7 +429,8 @@ def _from_hub(name: str, revision: str | None) -> str:
         return str(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         raise UserError(
-            f"{name} is no local folder and not to be had from the Hub: {first_line(error)}."
+            f"{name} is no local folder and not to be had from the Hub ({first_line(error).removeprefix('Got: ')}): "
+            "give a local folder, or mend the name or the network (unbake doctor)."
         ) from None
 
 
@@ -440,7 +442,7 @@ def _merge_adapter(adapter: str, target: str, base: str | None, trust_remote_cod
     try:
         from peft import PeftModel
     except ImportError:
-        raise UserError(f"{adapter} is a PEFT adapter: pip install 'unbake[adapters]'.") from None
+        raise UserError(f"{adapter} is a PEFT adapter: {install('adapters')}.") from None
     files = [os.path.join(adapter, name) for name in os.listdir(adapter) if name.startswith("adapter_")]
     if not any(name.endswith(".safetensors") for name in files):
         raise UserError(f"the adapter {adapter} has no .safetensors file.")

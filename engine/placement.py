@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.errors import UserError, install
 from engine.spec import LoadIn
 
 SPREAD = "auto"
@@ -34,7 +34,7 @@ def loading_options(place: Place, load_in: LoadIn, dtype: torch.dtype) -> dict[s
     if load_in == "none":
         return {"device_map": place} if place == SPREAD or isinstance(place, dict) else {}
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"models.load_in={load_in} needs bitsandbytes: pip install 'unbake[quantization]'.")
+        raise UserError(f"models.load_in={load_in} needs bitsandbytes: {install('quantization')}.")
     where = place if place == SPREAD or isinstance(place, dict) else {"": place}
     config = transformers.BitsAndBytesConfig(
         load_in_8bit=load_in == "8bit",

@@ -1,6 +1,6 @@
 """Rows: read access to projected gradients, the one thing that selection asks of a store.
 
-A row i at checkpoint j is ``g_ij = scale_ij * feature_ij`` (METHOD sections 4 and 5). Selection reads rows
+A row i at checkpoint j is ``g_ij = scale_ij * feature_ij`` (docs/method.md, steps 4 and 5). Selection reads rows
 through this interface alone, so a Zarr store, an .npy file and an array in memory select alike.
 """
 

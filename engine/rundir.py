@@ -68,10 +68,13 @@ class RunDir(Folder):
         before, now = self.read_json(name), json.loads(json.dumps(inputs, default=str))
         for field in sorted(before.keys() | now.keys()):
             if before.get(field) != now.get(field):
+                other = "use another run_dir"
+                if stage != "extract" and self.exists(f"{STAGES}/extract.json"):
+                    other += f" (unbake fork {self.uri} NEW makes one that keeps the extraction)"
                 raise UserError(
                     f"{self.uri} holds output of the stage {stage} made with {field} = "
-                    f"{_short(before.get(field))}, and this run has {_short(now.get(field))}: use another "
-                    f"run_dir, or remove {self.path('')} to start over."
+                    f"{_short(before.get(field))}, and this run has {_short(now.get(field))}: {other}, or remove "
+                    f"{self.path('')} to start over."
                 )
 
     def begin(self, stage: str, inputs: dict[str, Any]) -> None:

@@ -6,14 +6,14 @@ grouped by the stage that reads them; a stage's fingerprint is made of the group
 
 from __future__ import annotations
 
-import reprlib
-from typing import Annotated, Any, Literal, TypeVar
+import re
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from engine.errors import UserError
 from engine.extend import OneOf, is_named
+from engine.sections import Section, load_yaml_mapping, section_from_fields
 
 Strategy = Annotated[
     str,
@@ -35,12 +35,6 @@ Strategy = Annotated[
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadIn = Literal["none", "8bit", "4bit"]
 LossScope = Literal["last_token", "response", "all_tokens"]
-
-
-class Section(BaseModel):
-    """A frozen group of fields that refuses names it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Models(Section):
@@ -118,6 +112,11 @@ class Task(Section):
                 raise ValueError("task.template must contain {text} once")
             if self.template.rstrip(" ") != self.template:
                 raise ValueError("task.template must not end in a space: the label words bring their own")
+            if re.search(r"\\n(?![a-z])", self.template):
+                raise ValueError(
+                    "task.template has a backslash and an n, where a line break must be meant: YAML reads one in "
+                    "double quotes, bash in $'...'"
+                )
             if self.loss_scope not in (None, "last_token"):
                 raise ValueError("task.loss_scope must be last_token for classification")
             if self.display_names is not None and len(self.display_names) != len(self.labels):
@@ -133,7 +132,7 @@ class Task(Section):
 
 
 class Gradients(Section):
-    """Which gradients are taken, at which checkpoints, and how they are projected (METHOD sections 2 to 4)."""
+    """Which gradients are taken, at which checkpoints, and how they are projected (docs/method.md, steps 2 to 4)."""
 
     layers: str = Field(
         "last", description="last, all_linear (all but the head), or a regular expression over module names"
@@ -183,7 +182,22 @@ class Gradients(Section):
         return sorted(self.checkpoints)
 
 
-class Extract(Section):
+class Placement(Section):
+    """What a stage asks of the nodes that its workers run on; changes nothing of what it writes."""
+
+    memory_mb: int | None = Field(
+        None, ge=1, description="main memory kept for one worker, MB; default: none is counted"
+    )
+    accelerator_type: str | None = Field(
+        None, min_length=1, description="kind of GPU, by Ray's name for it: A100, H100, L4, T4, ..."
+    )
+    node_labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="labels of the nodes, as Ray selects them: {ray.io/market-type: spot}, {zone: '!a'}",
+    )
+
+
+class Extract(Placement):
     """Resources of the extraction stage. Nothing here changes a byte of its output but `threads`."""
 
     cpus_per_worker: float | None = Field(
@@ -207,8 +221,8 @@ class Extract(Section):
         return value
 
 
-class Select(Section):
-    """How documents are chosen from the store (METHOD section 5)."""
+class Select(Placement):
+    """How documents are chosen from the store (docs/method.md, step 5)."""
 
     strategy: Strategy = "greedy"
     size: int = Field(1000, ge=1, description="k, the number of documents to select")
@@ -248,6 +262,7 @@ class Select(Section):
     shards: int = Field(
         1, ge=1, description="greedy: shards of the index; more than one live in Ray actors, near their data"
     )
+    cpus_per_shard: float = Field(1.0, gt=0, description="CPUs of one shard, where there are more than one")
     verify: int = Field(0, ge=0, description="greedy: random picks to re-check against a full scan")
 
     @model_validator(mode="after")
@@ -283,8 +298,8 @@ class Lora(Section):
     )
 
 
-class Retrain(Section):
-    """How theta_0 is trained on a selection (METHOD section 6)."""
+class Retrain(Placement):
+    """How theta_0 is trained on a selection (docs/method.md, step 6)."""
 
     strategies: list[Strategy] = Field(
         ["random", "topk", "greedy"], description="strategies to retrain and compare"
@@ -344,6 +359,9 @@ class Retrain(Section):
     )
     gpus_per_worker: float | None = Field(
         None, ge=0, description="default: 1 if the cluster has GPUs, else 0"
+    )
+    cpus_per_worker: float | None = Field(
+        None, gt=0, description="CPUs of a worker; default: 1 beside a GPU, else one for each of its threads"
     )
     threads: int | None = Field(
         None, ge=1, description="CPU threads of a worker; default: its share of the node"
@@ -509,52 +527,3 @@ class RunSpec(Section):
     def from_yaml(cls, text: str, where: str = "the spec") -> RunSpec:
         """Parse and validate YAML; UserError for bad YAML or bad fields."""
         return cls.from_dict(load_yaml_mapping(text, where), where)
-
-
-S = TypeVar("S", bound=Section)
-
-
-def section_from_fields(kind: type[S], fields: dict[str, Any], where: str) -> S:
-    """Validate one section by itself; UserError names the first offending field in one sentence."""
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise UserError(one_sentence(error, where)) from None
-
-
-def load_yaml_mapping(text: str, where: str) -> dict[str, Any]:
-    """A YAML mapping as a dict, or a UserError that says where the text stops being one."""
-    try:
-        fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark is not None else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{where} is not valid YAML{line}: {problem}.") from None
-    if fields is None:
-        return {}
-    if not isinstance(fields, dict):
-        raise UserError(f"{where} must be a mapping of sections (models, corpus, task, ...).")
-    return fields
-
-
-def one_sentence(error: ValidationError, where: str) -> str:
-    """The first problem of a pydantic error as one sentence that names the field."""
-    # An unknown field is named before what is missing: it is usually the same field, misspelt.
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem = problems[0]
-    # Pydantic adds the member of a union that it tried to the field's name.
-    name = ".".join(str(part) for part in problem["loc"] if part not in ("int", "list[float]"))
-    if problem["type"] == "extra_forbidden":
-        text = f"{where}: unknown field {name}"
-    elif problem["type"] == "missing":
-        text = f"{where}: {name} is missing"
-    elif problem["type"] == "value_error":
-        message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
-        text = f"{where}: {name + ': ' if name else ''}{message}"
-    else:
-        text = f"{where}: {name}: {problem['msg']} (got {reprlib.repr(problem.get('input'))})"
-        if problem["type"] == "string_type" and isinstance(problem["input"], bool):
-            text += "; put it in quotes: YAML reads a bare yes, no, on or off as true or false"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{text}{more}."

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, first_line, install
 from engine.storage import Folder
 
 TRACKING = "MLFLOW_TRACKING_URI"
@@ -30,7 +30,7 @@ def check_loggers(folder: str, loggers: list[str]) -> None:
     """UserError for a logger whose package is not installed, or that cannot write below `folder`."""
     for name in loggers:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"retrain.loggers has {name}: pip install 'unbake[{name}]', or remove it.")
+            raise UserError(f"retrain.loggers has {name}: {install(name)}, or remove it.")
     place = Folder(folder)
     if "tensorboard" in loggers and not place.local:
         raise UserError(

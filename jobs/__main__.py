@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import importlib
 import os
@@ -27,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "diagnose": "why a selection is what it is, and when not to trust it",
     "experiment": "a grid of runs that share what they have in common: tables and plots",
     "export": "the selection as a Hugging Face data set or as rows for TRL and axolotl, a model with its card",
+    "fork": "a new run directory with the extraction of another, for other selections and trainings",
     "doctor": "whether this machine can run all of it: versions, devices, memory, Ray, DeepSpeed, the Hub",
     "submit": "run a spec on a Ray cluster that is up, and follow it",
     "status": "where a run directory, or a submitted job, stands",
@@ -61,7 +63,9 @@ def _main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     command = arguments[0]
     if command not in COMMANDS:
-        print(f"unbake: no command {command!r}; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        near = difflib.get_close_matches(command, COMMANDS)
+        hint = f"did you mean {' or '.join(near)}" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"unbake: no command {command!r}; {hint}; see unbake --help.", file=sys.stderr)
         return 2
     _calm_libraries()
     if {"-h", "--help"} & set(arguments) and (line := example(command)):

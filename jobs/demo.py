@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options of `unbake demo`."""
     made = Parser(prog="unbake demo", description=__doc__)
-    made.add_argument("--run-dir", default="runs/demo", help="where everything is written")
+    made.add_argument("--run_dir", "--run-dir", default="runs/demo", help="where everything is written")
     made.add_argument("-q", "--quiet", action="store_true", help="print the table alone")
     made.add_argument("-v", "--verbose", action="store_true", help="show Ray's own messages too")
     return made

@@ -37,14 +37,11 @@ from engine.target import choose_target
 from engine.training import label_rows
 from jobs.distances import true_set
 from jobs.job import Job
-from jobs.options import read_spec, spec_parser
+from jobs.options import parse_spec, spec_parser
 from jobs.select import columns_of, rows_of
 
 CODE = 1
 """Raised whenever the same inputs would give other numbers."""
-
-OWN = ("trajectory", "documents")
-"""Options that are no fields of the spec."""
 
 TRUE_DOCUMENTS = 512
 """True documents whose gradient a trajectory is compared by, unless told otherwise."""
@@ -52,10 +49,8 @@ TRUE_DOCUMENTS = 512
 
 def main(arguments: list[str]) -> int:
     """Read the options, diagnose, print what was found."""
-    options = vars(parser().parse_args(arguments))
-    spec = read_spec({name: value for name, value in options.items() if name not in OWN})
-    if options["print_config"]:
-        print(spec.to_yaml(), end="")
+    spec, options = parse_spec(parser(), arguments)
+    if spec is None:
         return 0
     job = Job(spec, quiet=options["quiet"], verbose=options["verbose"])
     with job.locked():

@@ -16,7 +16,6 @@ from engine.evaluate.embedding import Embedder, embedder_folder
 from engine.evaluate.task import TestSet, match_labels
 from engine.rundir import NEAREST, SELECTION
 from jobs.job import Job
-from jobs.testset import content_hash
 
 CODE = 2
 """Raised whenever the same inputs would give other numbers."""
@@ -45,7 +44,7 @@ class TrueSet:
     @functools.cached_property
     def identity(self) -> list[str]:
         """Fingerprint of documents and embedder."""
-        return [content_hash(TestSet(self.texts, self.labels)), weights_hash(self.folder)]
+        return [TestSet(self.texts, self.labels).fingerprint, weights_hash(self.folder)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -76,7 +75,7 @@ def distances(job: Job, stage: str, selection: str, true: TrueSet) -> dict[str, 
     texts = table["response" if job.spec.corpus.response else "text"].to_pylist()
     labels = None if true.labels is None else table["label"].to_numpy().astype(np.int64)
     inputs = {
-        "selection": content_hash(TestSet(texts, labels)),
+        "selection": TestSet(texts, labels).fingerprint,
         "evaluate.train": true.identity,
         "evaluate.compared": job.spec.evaluate.compared,
         "code": CODE,

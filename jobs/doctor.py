@@ -22,7 +22,7 @@ import psutil
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from engine.errors import UserError
+from engine.errors import UserError, install
 from jobs.options import Parser
 
 GIB = 1 << 30
@@ -109,7 +109,7 @@ def _packages() -> Check:
         if wanted.name in ("torch", "transformers", "ray", "deepspeed", "zarr"):
             shown.append(f"{wanted.name} {version}")
     if bad:
-        return Check("packages", "wrong", "; ".join(bad), f"{sys.executable} -m pip install --upgrade unbake")
+        return Check("packages", "wrong", "; ".join(bad), f"{sys.executable} -m pip install unbake")
     return Check("packages", "ok", f"unbake {metadata.version('unbake')}: {', '.join(shown)}")
 
 
@@ -119,7 +119,7 @@ def _extras() -> Check:
     if not lacks:
         return Check("extras", "ok", ", ".join(sorted(have)))
     found = f"{', '.join(sorted(have)) or 'none'}; without {', '.join(lacks)}"
-    return Check("extras", "note", found, f"where needed: pip install 'unbake[{','.join(lacks)}]'")
+    return Check("extras", "note", found, f"where needed: {install(','.join(lacks))}")
 
 
 def _gpu() -> Check:

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.evaluate.comparison import metrics
-from engine.evaluate.task import TestSet, evaluate_model
+from engine.evaluate.task import evaluate_model
 from engine.models import load_model, resolve, torch_dtype
 from engine.rundir import METRICS
 from jobs.distances import distances, true_set
@@ -17,7 +17,6 @@ from jobs.job import Job, local_copy
 from jobs.retrain import retrained
 from jobs.select import RANDOM, select_for
 from jobs.table import print_table
-from jobs.testset import content_hash, load_test
 
 CODE = 1
 """Raised whenever the same inputs would give other numbers."""
@@ -26,23 +25,34 @@ DISTANCES = ("train", "embedder", "compared")
 """Fields of the section that concern the true data alone."""
 
 
-def evaluate(job: Job) -> dict[str, Any]:
-    """Judge every model that exists; each judgement is a stage of its own, so that adding one repeats none."""
+def metric_of(job: Job) -> str:
+    """What the task is judged by."""
+    return "accuracy" if job.spec.task.kind == "classification" else "perplexity"
+
+
+def judge_endpoints(job: Job) -> list[dict[str, Any]]:
+    """Judge the base and the fine-tuned model: the first two entries of `evaluate`."""
     if not job.spec.evaluate.test:
         raise UserError("evaluate.test names no files: give held-out documents to judge the models on.")
-    test = load_test(job)
+    _ = job.test  # a broken test set is found before the models are hashed
+    both = ("base", job.endpoints.base), ("finetuned", job.endpoints.finetuned)
+    return [_judge(job, name, None, None, folder, job.model_hashes[name]) for name, folder in both]
+
+
+def evaluate(job: Job, endpoints: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Judge every model that exists; each judgement is a stage of its own, so that adding one repeats none.
+
+    Args:
+        endpoints: what `judge_endpoints` gave, if it was asked before.
+    """
     started = time.monotonic()
-    models = [_judge(job, test, "base", None, None, job.endpoints.base, job.model_hashes["base"])]
-    models.append(
-        _judge(job, test, "finetuned", None, None, job.endpoints.finetuned, job.model_hashes["finetuned"])
-    )
+    models = list(endpoints or judge_endpoints(job))
     for strategy in job.spec.retrain.strategies:
         for seed in job.spec.retrain.seeds:
             found = retrained(job, strategy, seed)
             if found is not None:
-                models.append(_judge(job, test, "retrained", strategy, seed, *found))
-    metric = "accuracy" if job.spec.task.kind == "classification" else "perplexity"
-    result = metrics(models, metric, round(time.monotonic() - started, 3))
+                models.append(_judge(job, "retrained", strategy, seed, *found))
+    result = metrics(models, metric_of(job), round(time.monotonic() - started, 3))
     if job.spec.evaluate.train:
         result["distances"] = _distances(job, models)
     job.run.write_json(METRICS, result)
@@ -53,12 +63,12 @@ def evaluate(job: Job) -> dict[str, Any]:
 
 
 def _judge(
-    job: Job, test: TestSet, model: str, strategy: str | None, seed: int | None, folder: str, identity: str
+    job: Job, model: str, strategy: str | None, seed: int | None, folder: str, identity: str
 ) -> dict[str, Any]:
     name = model if strategy is None else f"{strategy}-{seed}"
-    judge = lambda: measure(job, test, name, folder)  # noqa: E731
+    judge = lambda: measure(job, name, folder)  # noqa: E731
     entry = {"model": model, "strategy": strategy, "seed": seed}
-    return entry | job.guarded(f"evaluate-{name}", judgement_inputs(job, test, identity), judge)
+    return entry | job.guarded(f"evaluate-{name}", judgement_inputs(job, identity), judge)
 
 
 def _distances(job: Job, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -74,11 +84,11 @@ def _distances(job: Job, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def judgement_inputs(job: Job, test: TestSet, identity: str) -> dict[str, Any]:
+def judgement_inputs(job: Job, identity: str) -> dict[str, Any]:
     """All that a judgement's numbers depend on; `identity` is the model's hash or fingerprint."""
     return {
         "model": identity,
-        "test": content_hash(test),
+        "test": job.test.fingerprint,
         **job.section("task"),
         **job.section("evaluate", without=("test", "text", "label", "max_documents", *DISTANCES)),
         "gradients.dtype": job.spec.gradients.dtype,
@@ -86,15 +96,15 @@ def judgement_inputs(job: Job, test: TestSet, identity: str) -> dict[str, Any]:
     }
 
 
-def measure(job: Job, test: TestSet, name: str, folder: str) -> dict[str, Any]:
+def measure(job: Job, name: str, folder: str) -> dict[str, Any]:
     """Judge one model folder: {"validation", "test"} as `evaluate_model` returns them, and seconds."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     remote = job.spec.models.trust_remote_code
-    validation, held_out = test.split(job.spec.evaluate.validation_share)
+    validation, held_out = job.test.split(job.spec.evaluate.validation_share)
     settings = job.spec.evaluate.tokens_per_batch, job.spec.task.label_softmax
-    with job.progress.stage(f"evaluate-{name}", len(test), "documents") as stage:
+    with job.progress.stage(f"evaluate-{name}", len(job.test), "documents") as stage:
         path = folder if os.path.isabs(folder) else local_copy(job.run, folder)
         with tempfile.TemporaryDirectory(prefix="unbake-") as scratch:  # for an adapter, merged
             path = resolve(path, f"{scratch}/merged", job.endpoints.base, trust_remote_code=remote)
@@ -105,4 +115,7 @@ def measure(job: Job, test: TestSet, name: str, folder: str) -> dict[str, Any]:
             stage.advance(len(validation))
         after = evaluate_model(loaded, job.encoder, held_out, *settings)
         stage.advance(len(held_out))
+        if device == "cuda":  # the memory is the workers' that come after
+            del loaded
+            torch.cuda.empty_cache()
         return {"validation": before, "test": after, "seconds": round(stage.seconds, 3)}

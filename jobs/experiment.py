@@ -25,7 +25,6 @@ import cluster.train
 from cluster.session import session
 from cluster.train import TrainJob
 from engine.errors import UserError
-from engine.evaluate.task import TestSet
 from engine.experiment import Cell, Grid, expand, results_table, summarise, to_markdown
 from engine.experiment.figures import figures
 from engine.experiment.grid import finetune_recipe, put
@@ -33,7 +32,8 @@ from engine.lock import RunLock
 from engine.models import resolve
 from engine.report import numbers
 from engine.rundir import MODELS, STORE, RunDir, fingerprint
-from engine.spec import RunSpec, load_yaml_mapping, section_from_fields
+from engine.sections import load_yaml_mapping, section_from_fields
+from engine.spec import RunSpec
 from jobs.distances import distances, true_set
 from jobs.evaluate import judgement_inputs, measure
 from jobs.extract import extract
@@ -45,7 +45,7 @@ from jobs.retrain import check, train_job
 from jobs.samples import write_samples
 from jobs.select import NO_BYTES, select_with
 from jobs.stopping import request_stop
-from jobs.testset import load_test, write_validation
+from jobs.testset import write_validation
 
 RESULTS, TABLE, PLOTS = "results.parquet", "results.md", "plots"
 
@@ -185,7 +185,6 @@ class Experiment:
         self.cells = expand(self.grid)
         self.progress = Progress(self.run_dir, quiet)
         self._jobs: dict[str, Job] = {}
-        self._tests: dict[int, TestSet] = {}
         self._bases: dict[str, str] = {}
 
     def describe(self) -> None:
@@ -239,12 +238,6 @@ class Experiment:
             self._jobs[key] = Job(spec.model_copy(update={"models": models}), self.quiet, self.verbose)
         return self._jobs[key]
 
-    def _test(self, job: Job) -> TestSet:
-        """The test set of a job, read once."""
-        if id(job) not in self._tests:
-            self._tests[id(job)] = load_test(job)
-        return self._tests[id(job)]
-
     def _base(self, spec: RunSpec) -> str:
         """The base model as a local folder; converted once for all cells."""
         models = spec.models
@@ -295,7 +288,7 @@ class Experiment:
             name=f"{cell.strategy}-{cell.seed}-{mark[:8]}",
             target=f"{self.run_dir.uri}/{MODELS}/{mark[:16]}",
         )
-        inputs = judgement_inputs(job, self._test(job), mark)
+        inputs = judgement_inputs(job, mark)
         return Training(job, work, mark, f"judge-{fingerprint(inputs)[:16]}", inputs)
 
     def _training_file(self, selection: pa.Table) -> str:
@@ -335,7 +328,7 @@ class Experiment:
 
     def _judge(self, training: Training, metrics: dict[str, Any]) -> None:
         job, work = training.job, training.work
-        result = measure(job, self._test(job), work.name, work.target)
+        result = measure(job, work.name, work.target)
         result |= {"train_seconds": metrics["seconds"], "final_loss": metrics["final_loss"]}
         self.run_dir.begin(training.stage, training.inputs)
         self.run_dir.finish(training.stage, training.inputs, result)
@@ -343,10 +336,10 @@ class Experiment:
     def _endpoint(self, job: Job, which: str) -> dict[str, Any]:
         """Judgement of base or fine-tuned model, once for all extractions that have it."""
         folder = {"base": job.endpoints.base, "finetuned": job.endpoints.finetuned}[which]
-        inputs = judgement_inputs(job, self._test(job), job.model_hashes[which])
+        inputs = judgement_inputs(job, job.model_hashes[which])
         stage = f"judge-{fingerprint(inputs)[:16]}"
         if not self.run_dir.completed(stage, inputs):
-            result = measure(job, self._test(job), which, folder)
+            result = measure(job, which, folder)
             self.run_dir.begin(stage, inputs)
             self.run_dir.finish(stage, inputs, result)
         return self.run_dir.stage_result(stage)

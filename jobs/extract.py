@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 import cluster.extract
+import cluster.resources
 from cluster.session import gpus_per_worker, session
 from engine.checkpoints import added_tokens
 from engine.corpus import Plan, make_plan
@@ -102,6 +103,7 @@ def _extract(job: Job, ready: Prepared, inputs: dict[str, Any]) -> dict[str, Any
     started = time.monotonic()
     with job.progress.stage(STAGE, plan.n_rows, "documents", rows_done) as stage:
         if todo:
+            cluster.resources.check(job.spec, (STAGE,))
             work = cluster.extract.ExtractJob(
                 spec=job.spec,
                 run_uri=job.run.uri,

@@ -15,12 +15,14 @@ import transformers
 from engine.checkpoints import Endpoints
 from engine.encode import Encoder, spec_encoder
 from engine.errors import UserError
+from engine.evaluate.task import TestSet
 from engine.lock import RunLock
 from engine.models import resolve
 from engine.rundir import ENDPOINTS, RunDir, fingerprint
 from engine.spec import RunSpec
 from jobs.progress import Progress
 from jobs.stopping import request_stop
+from jobs.testset import read_test
 
 
 @dataclasses.dataclass
@@ -96,6 +98,11 @@ class Job:
     def encoder(self) -> Encoder:
         """The run's encoder, on the base model's tokenizer."""
         return spec_encoder(self.spec, self.endpoints.base, self.endpoints.finetuned)
+
+    @functools.cached_property
+    def test(self) -> TestSet:
+        """The held-out documents of `evaluate.test`, read once."""
+        return read_test(self.spec)
 
     def section(self, name: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
         """A section of the spec as flat fingerprint fields, `section.field` -> value."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import yaml
 
 from engine.errors import UserError
 from engine.extend import OneOf
-from engine.spec import RunSpec, load_yaml_mapping
+from engine.sections import load_yaml_mapping, takes_list
+from engine.spec import RunSpec
 
 
 def spec_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -64,20 +66,40 @@ def _help(name: str, field: Any) -> str:
     known = None if field.is_required() else field.get_default(call_default_factory=True)
     parts = [field.description or name.replace("_", " ")]
     parts += [f"one of {', '.join(words)}"] if words else []
+    if isinstance(known, str) and "\n" in known:
+        known = repr(known)
     parts += [] if known is None or known is False or known in ([], {}) else [f"default: {known}"]
     return "; ".join(parts)
 
 
+def parse_spec(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[RunSpec | None, dict[str, Any]]:
+    """The spec of a command line and all of its options; no spec where --print_config has printed it.
+
+    Raises:
+        UserError: as `read_spec`, or an option that the parser does not know.
+    """
+    options = vars(parser.parse_args(arguments))
+    spec = read_spec(options)
+    if options["print_config"]:
+        print(spec.to_yaml(), end="")
+        return None, options
+    return spec, options
+
+
 def read_spec(options: dict[str, Any]) -> RunSpec:
-    """The spec that parsed options describe.
+    """The spec that parsed options describe; those that are no fields of it are a command's own.
 
     Raises:
         UserError: an unreadable file, or a field that is unknown, missing or contradictory.
     """
     fields, where = _given(options.get("run"), options.get("config"))
-    overrides = {name: value for name, value in options.items() if name not in RESERVED}
+    overrides = {n: value for n, value in options.items() if n.split(".")[0] in RunSpec.model_fields}
     for name, value in overrides.items():
         _put(fields, name.split("."), value, where)
+    if not fields:
+        raise UserError("say what to run: a YAML spec (unbake recover run.yaml) or a run directory.")
     return RunSpec.from_dict(fields, f"{where} with overrides" if overrides and where != NOWHERE else where)
 
 
@@ -88,6 +110,8 @@ def _given(run: str | None, config: str | None) -> tuple[dict[str, Any], str]:
     source = run or config
     if not source:
         return {}, NOWHERE
+    if "://" not in source and not os.path.exists(source):
+        raise UserError(f"{source} does not exist: give a YAML spec or a run directory (from {os.getcwd()}).")
     if os.path.isdir(source) or ("://" in source and not source.endswith((".yaml", ".yml"))):
         from engine.rundir import RunDir  # not needed to print help
 
@@ -97,9 +121,6 @@ def _given(run: str | None, config: str | None) -> tuple[dict[str, Any], str]:
 
 
 NOWHERE = "the command line"
-
-RESERVED = ("run", "config", "quiet", "verbose", "print_config", "features", "target", "out")
-"""Options that are no fields of the spec."""
 
 
 def _read(path: str) -> str:
@@ -126,7 +147,16 @@ def _reader(annotation: Any) -> Callable[[str], Any]:
         return str
     if annotation == str | None:
         return lambda text: None if text in ("null", "~") else text
+    if takes_list(annotation):
+        return read_list
     return read_value
+
+
+def read_list(text: str) -> Any:
+    """An option's text for a list: `[a, b]` as in YAML, or `a,b`; a value with a comma in it needs the brackets."""
+    if text.startswith(("[", "{")) or text in ("null", "~"):
+        return read_value(text)
+    return [read_value(part.strip()) for part in text.split(",")]
 
 
 def read_value(text: str) -> Any:
@@ -148,4 +178,10 @@ class Parser(argparse.ArgumentParser):
     """argparse that raises UserError in place of printing usage and leaving."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help.")
+        raise UserError(f"{message}{self._nearest(message)}; see {self.prog} --help.")
+
+    def _nearest(self, message: str) -> str:
+        """The option that one nobody knows may have been meant as."""
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        found = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+        return f" (did you mean {found[0]}?)" if found else ""

@@ -5,25 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.session import session
-from jobs.evaluate import evaluate
+from engine.evaluate.comparison import metrics
+from engine.rundir import STAGES
+from jobs.evaluate import evaluate, judge_endpoints, metric_of
 from jobs.extract import extract, prepare
 from jobs.job import Job
 from jobs.report import report
 from jobs.retrain import check, retrain
 from jobs.select import select
-from jobs.testset import load_test
 
 
 def recover(job: Job) -> dict[str, Any]:
     """Extract, select, retrain, evaluate (where a test set is given) and report, in one Ray session."""
     check(job)
     if job.spec.evaluate.test:
-        load_test(job)  # a broken test set is found now, not after the hours before its turn
+        _ = job.test  # read here: a broken test set is found now, not after the hours before its turn
     ready = prepare(job)
+    endpoints = _judge_first(job)
     with session(job.spec.ray, job.verbose):
         results: dict[str, Any] = {"extract": extract(job, ready)}
         results |= {"select": select(job), "retrain": retrain(job)}
     if job.spec.evaluate.test:
-        results["evaluate"] = evaluate(job)
+        results["evaluate"] = evaluate(job, endpoints)
     results["report"] = report(job)
     return results
+
+
+def _judge_first(job: Job) -> list[dict[str, Any]] | None:
+    """Judge base and fine-tuned model before a new run's hours: swapped models or a wrong template show here."""
+    if not job.spec.evaluate.test or job.run.exists(f"{STAGES}/extract.inputs.json"):
+        return None
+    for name in ("base", "finetuned"):  # of a start that was stopped to mend what it showed
+        for record in (f"{STAGES}/evaluate-{name}.json", f"{STAGES}/evaluate-{name}.inputs.json"):
+            job.run.remove(record)
+    endpoints = judge_endpoints(job)
+    for warning in metrics(endpoints, metric_of(job), 0.0)["warnings"]:
+        job.progress.warn("evaluate", warning)
+    return endpoints

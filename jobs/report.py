@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError
-from jobs.options import read_spec, spec_parser
+from jobs.options import parse_spec, spec_parser
 
 if TYPE_CHECKING:
     from engine.rundir import RunDir
@@ -22,10 +22,8 @@ CODE = 1
 
 def main(arguments: list[str]) -> int:
     """Read the options and write the report."""
-    options = vars(parser().parse_args(arguments))
-    spec = read_spec({k: v for k, v in options.items() if k not in ("format", "out", "open", "price")})
-    if options["print_config"]:
-        print(spec.to_yaml(), end="")
+    spec, options = parse_spec(parser(), arguments)
+    if spec is None:
         return 0
     if options["open"] and options["format"] != "html":
         raise UserError(f"--open shows the HTML page: leave --format {options['format']} out.")
@@ -36,7 +34,9 @@ def main(arguments: list[str]) -> int:
     if options["open"]:
         if "://" in path or (not job.run.local and not options["out"]):
             raise UserError("--open needs a page on this machine: add --out report.html.")
-        webbrowser.open(Path(path).absolute().as_uri())
+        address = Path(path).absolute().as_uri()
+        if webbrowser.open(address) is False:
+            job.progress.say(f"no browser here: open {address} where there is one")
     return 0
 
 

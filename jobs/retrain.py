@@ -6,12 +6,13 @@ import importlib.util
 import os
 from typing import Any
 
+import cluster.resources
 import cluster.train
 from cluster.deepspeed_config import deepspeed_config
 from cluster.examples import document_count
 from cluster.session import session
-from cluster.train import NO_BYTES, TrainJob, document_hash
-from engine.errors import UserError
+from cluster.train import NO_BYTES, TrainJob
+from engine.errors import UserError, install
 from engine.rundir import LOGS, MODELS, TRAIN
 from engine.spec import Retrain, Strategy
 from engine.storage import Folder
@@ -28,7 +29,7 @@ def check(job: Job) -> None:
     """Find mistakes in the section before hours of work; UserError names the field."""
     deepspeed_config(job.spec.retrain, (1, 1), "float32")
     if job.spec.retrain.lora.rank and importlib.util.find_spec("peft") is None:
-        raise UserError("retrain.lora needs PEFT: pip install 'unbake[adapters]'.")
+        raise UserError(f"retrain.lora needs PEFT: {install('adapters')}.")
     check_loggers(f"{job.run.uri}/{LOGS}", list(job.spec.retrain.loggers))
     _check_room(job)
     settings = job.spec.evaluate
@@ -67,6 +68,7 @@ def retrain(job: Job) -> dict[str, Any]:
                 else:
                     todo.append((stage, inputs, work))
         if todo:
+            cluster.resources.check(job.spec, ("retrain",))
             results |= _train(job, todo)
     return results
 
@@ -131,8 +133,8 @@ def _prepare(
     )
     inputs = {
         "models.base": job.model_hashes["base"],
-        "selection": document_hash(work.selection),
-        "validation": work.judged_on and document_hash(work.judged_on),
+        "selection": work.hashes[work.selection],
+        "validation": work.judged_on and work.hashes[work.judged_on],
         **job.section("task"),
         **job.section("retrain", without=NO_BYTES),
         "seed": seed,

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, first_line, install
 from engine.experiment import Grid, Sample
 from engine.rundir import fingerprint
 from engine.storage import Folder
@@ -108,7 +108,7 @@ def _from_hub(name: str, sample: Sample) -> pa.Table:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"data.{name} comes from the Hub: pip install 'unbake[datasets]'.") from None
+        raise UserError(f"data.{name} comes from the Hub: {install('datasets')}.") from None
     try:
         found = datasets.load_dataset(
             sample.hub,

@@ -17,9 +17,10 @@ from engine.corpus.duplicates import first_copies
 from engine.errors import UserError
 from engine.rows import Rows
 from engine.rundir import DUPLICATES, SELECTION, STAGES, RunDir
+from engine.sections import section_from_fields
 from engine.select import Columns, Selection, View, open_features, view_of
 from engine.select import select as choose
-from engine.spec import Select, Strategy, section_from_fields
+from engine.spec import Select, Strategy
 from engine.storage import Folder
 from engine.store import GradientStore
 from jobs.job import Job
@@ -27,7 +28,16 @@ from jobs.job import Job
 CODE = 2
 """Raised whenever the same inputs would give other bytes."""
 
-NO_BYTES = ("index_memory_mb", "cache_memory_mb", "shards", "verify")
+NO_BYTES = (
+    "index_memory_mb",
+    "cache_memory_mb",
+    "shards",
+    "verify",
+    "cpus_per_shard",
+    "memory_mb",
+    "accelerator_type",
+    "node_labels",
+)
 """Fields of the section that change how picks are found, never which."""
 
 RANDOM: tuple[Strategy, ...] = ("random", "random_balanced")
@@ -136,10 +146,12 @@ def _shards(job: Job, settings: Select, rows: Rows) -> Iterator[Any]:
     if settings.shards == 1:
         yield None
         return
+    from cluster.resources import check as check_resources
     from cluster.select import ray_shards
     from cluster.session import session
 
     with session(job.spec.ray, job.verbose):
+        check_resources(job.spec, ("select",))
         view = (rows.target, rows.scale) if isinstance(rows, View) else None
         yield ray_shards(functools.partial(_open, job.run.uri, view), settings.shards)
 

@@ -9,24 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import UserError
-from jobs.options import read_spec, spec_parser
+from jobs.options import parse_spec, spec_parser
 
 if TYPE_CHECKING:
     from cluster.submission import Cluster
     from engine.spec import RunSpec
-
-OWN = ("address", "command", "wait", "follow", "pip")
-"""Options that are no fields of the spec."""
 
 COMMANDS = ("recover", "extract", "select", "retrain", "evaluate", "report")
 
 
 def main(arguments: list[str]) -> int:
     """Submit, and unless told otherwise follow; the job's exit code."""
-    options = vars(parser().parse_args(arguments))
-    spec = read_spec({name: value for name, value in options.items() if name not in OWN})
-    if options["print_config"]:
-        print(spec.to_yaml(), end="")
+    spec, options = parse_spec(parser(), arguments)
+    if spec is None:
         return 0
     check_paths(spec)
     from cluster.submission import Cluster, package

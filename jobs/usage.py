@@ -7,7 +7,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "one stage": ("extract", "select", "retrain", "evaluate", "report"),
     "before": ("plan", "doctor"),
     "on a cluster": ("submit", "status", "stop"),
-    "after": ("export", "verify", "diagnose", "experiment"),
+    "after": ("export", "fork", "verify", "diagnose", "experiment"),
     "shell": ("completion",),
 }
 """Title -> commands, in the order of the help; a command that stands in none is listed last."""
@@ -28,6 +28,7 @@ EXAMPLES: dict[str, str] = {
     "stop": "unbake stop JOB --address http://127.0.0.1:8265",
     "verify": "unbake verify runs/mine --repair",
     "diagnose": "unbake diagnose run.yaml",
+    "fork": "unbake fork runs/mine runs/mine-500",
     "experiment": "unbake experiment agnews_baseline --data_dir ../shared/data",
     "completion": "unbake completion bash > ~/.local/share/bash-completion/completions/unbake",
 }

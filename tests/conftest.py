@@ -10,8 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,9 @@ settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 torch.set_num_threads(1)
+
+NOBODY = 65534
+"""The user who owns nothing, on Linux."""
 
 LONGEST = (
     "test_recover.py",
@@ -64,6 +68,41 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 labelled documents in a jsonl file."""
     return Path(tiny.save_corpus(tmp_path_factory.mktemp("corpus") / "test.jsonl", 80, seed=5, labelled=True))
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder, in a test that permissions hold for: root, whom they do not stop, becomes nobody meanwhile."""
+    folder, user = Path(tempfile.mkdtemp(prefix="unbake-", dir="/tmp")), os.geteuid()
+    if user == 0:
+        os.chown(folder, NOBODY, NOBODY)
+        os.seteuid(NOBODY)
+    yield folder
+    os.seteuid(user)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of a size (`300k`, `8m`) on a new folder; skips where that is not permitted."""
+    mount, unmount = shutil.which("mount"), shutil.which("umount")
+    made: list[Path] = []
+
+    def make(size: str) -> Path:
+        folder = tmp_path / f"disk-{len(made)}"
+        folder.mkdir()
+        command = [str(mount), "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        done = (
+            subprocess.run(command, capture_output=True, text=True, timeout=60) if mount and unmount else None
+        )
+        if done is None or done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip() if done else 'no mount'}")
+        made.append(folder)
+        return folder
+
+    yield make
+    for folder in made:
+        subprocess.run([str(unmount), "-l", str(folder)], check=True, timeout=60)
 
 
 @pytest.fixture(scope="session")

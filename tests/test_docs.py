@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from engine.spec import RunSpec, Section
+from engine.sections import Section
+from engine.spec import RunSpec
 from jobs.__main__ import COMMANDS, main
 from jobs.report import parser as report_parser
 
@@ -43,6 +44,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, (
                 link
             )
+
+
+def test_the_readme_names_every_module_of_engine_and_cluster() -> None:
+    text = (ROOT / "README.md").read_text()
+    found = [
+        path for room in ("engine", "cluster") for path in (ROOT / room).iterdir() if path.name[0] != "_"
+    ]
+    wanted = {f"{path.name}/" if path.is_dir() else path.name for path in found}
+    assert {name for name in wanted if f"`{name}`" not in text} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

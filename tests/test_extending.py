@@ -13,8 +13,9 @@ from engine.errors import UserError
 from engine.projection import LayerShape, make_projector
 from engine.rows import ArrayRows
 from engine.rundir import RunDir
+from engine.sections import section_from_fields
 from engine.select import Columns, select
-from engine.spec import Corpus, RunSpec, Select, section_from_fields
+from engine.spec import Corpus, RunSpec, Select
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import UserError
+from engine.errors import UserError, install
 
 SHINGLE = 5
 """Words of a shingle; shorter documents are one shingle."""
@@ -55,7 +55,7 @@ class _Near:
             from datasketch import MinHash, MinHashLSH
         except ImportError:
             raise UserError(
-                "select.dedupe=near needs the package datasketch: pip install 'unbake[dedupe]'."
+                f"select.dedupe=near needs the package datasketch: {install('dedupe')}."
             ) from None
         self._minhash: Any = MinHash
         self._index: Any = MinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS)

@@ -11,7 +11,7 @@ from typing import Any
 from engine import spec
 from engine.corpus.formats import Record, missing_column
 from engine.corpus.sources import Source, cause
-from engine.errors import UserError
+from engine.errors import UserError, install
 
 
 def hub_source(corpus: spec.Corpus) -> Source:
@@ -61,7 +61,7 @@ def _open(corpus: spec.Corpus) -> Any:
         import datasets
     except ImportError:
         raise UserError(
-            f"corpus.hub = {corpus.hub} needs the package datasets: pip install 'unbake[datasets]'."
+            f"corpus.hub = {corpus.hub} needs the package datasets: {install('datasets')}."
         ) from None
     assert corpus.hub is not None
     local = os.path.isdir(corpus.hub)

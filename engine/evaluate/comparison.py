@@ -60,7 +60,7 @@ def compare(results: dict[str, Any], higher_is_better: bool) -> dict[str, Any]:
     """The table: every strategy beside base and fine-tuned.
 
     With m_s, r_s the metric of method and random at seed s, F the fine-tuned model's, and m, r the means over
-    the seeds both have: gap closed ``g = (m - r) / (F - r)`` (METHOD section 6). Its spread is that of the
+    the seeds both have: gap closed ``g = (m - r) / (F - r)`` (docs/method.md, step 6). Its spread is that of the
     paired values, linearised so that one lucky random seed cannot blow a ratio up,
     ``g + ((m_s - m) - (1 - g) (r_s - r)) / (F - r)``; their mean is g, the standard error spread / sqrt(n).
 
@@ -132,7 +132,8 @@ def _endpoint_warnings(
     warnings = []
     if base is not None and finetuned is not None and sign * (finetuned - base) <= 0:
         warnings.append(
-            "The fine-tuned model is not better than the base on this test set: it may not be its task."
+            "The fine-tuned model is not better than the base on this test set: it may not be its task, the template "
+            "or the labels may be others than it was trained with, or the two models may be swapped."
         )
     random = float(np.mean(list(reference.values()))) if reference else None
     if finetuned is not None and random is not None and sign * (finetuned - random) <= 0:

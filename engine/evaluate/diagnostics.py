@@ -1,6 +1,6 @@
 """Diagnostics of a selection: what greedy did, how redundant the set is, and when not to trust it.
 
-The checks that reviewers of the method asked for (METHOD.md, section 6): gains along the path, diminishing
+The checks that reviewers of the method asked for (docs/method.md, step 6): gains along the path, diminishing
 returns, the ratio to the exhaustive optimum on small sets, redundancy and class balance beside other strategies,
 the negative control, the error of the projection, and the confidence of the labels. All on projected gradients.
 """
@@ -238,7 +238,7 @@ def projection_error(
 
 
 def warnings(found: dict[str, Any], strategy: str) -> list[dict[str, str]]:
-    """What METHOD.md says to warn of, each with what to try: {"text", "try"}.
+    """What docs/method.md says to warn of, each with what to try: {"text", "try"}.
 
     Args:
         found: diagnostics.json as it is so far.

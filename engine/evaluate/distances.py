@@ -1,4 +1,4 @@
-"""Distances between a selection and the true training set, when that is known (METHOD section 6).
+"""Distances between a selection and the true training set, when that is known (docs/method.md, step 6).
 
 All are None-safe numbers of two lists of documents: optimal transport between their sentence embeddings, how
 much of the true set's words and documents the selection holds, how far each selected document is from its
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import UserError
+from engine.errors import UserError, install
 
 Vectors = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.int64]
@@ -89,9 +89,7 @@ def transport(a: Vectors, b: Vectors) -> tuple[float, float]:
     try:
         import ot
     except ImportError:
-        raise UserError(
-            "distances need the packages POT and rapidfuzz: pip install 'unbake[distances]'."
-        ) from None
+        raise UserError(f"distances need the packages POT and rapidfuzz: {install('distances')}.") from None
     cost = ot.dist(a.astype(np.float64), b.astype(np.float64), metric="euclidean")
     u, v = np.full(len(a), 1 / len(a)), np.full(len(b), 1 / len(b))
     exact = float(ot.emd2(u, v, cost, numItermax=10_000_000))
@@ -162,9 +160,7 @@ def _edit(selected: Sequence[str], true: Sequence[str], rng: np.random.Generator
         from rapidfuzz import process
         from rapidfuzz.distance import Levenshtein
     except ImportError:
-        raise UserError(
-            "distances need the packages POT and rapidfuzz: pip install 'unbake[distances]'."
-        ) from None
+        raise UserError(f"distances need the packages POT and rapidfuzz: {install('distances')}.") from None
     sides = [[text[:EDIT_CHARS] for text in texts] for texts in (selected, true)]
     some = _some(len(selected), max(1, EDIT_PAIRS // len(true)), rng)
     nearest = np.concatenate(

@@ -1,7 +1,8 @@
-"""Task metrics: accuracy or perplexity of one model on held-out documents (METHOD section 6)."""
+"""Task metrics: accuracy or perplexity of one model on held-out documents (docs/method.md, step 6)."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import transformers
 from engine.encode import IGNORE, Encoder, Ragged, length_batches, pad
 from engine.errors import UserError
 from engine.models import Head, find_head, hidden_states
+from engine.rundir import fingerprint
 from engine.spec import Task
 
 CHUNK_LOGITS = 1 << 24
@@ -42,6 +44,15 @@ class TestSet:
             None if self.labels is None else self.labels[members],
             None if self.prompts is None else [self.prompts[i] for i in members],
         )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of documents, labels and prompts."""
+        digest = hashlib.sha256()
+        for text in self.texts:
+            digest.update(text.encode() + b"\0")
+        labels = None if self.labels is None else self.labels.tolist()
+        return fingerprint([digest.hexdigest(), labels, self.prompts])
 
     def at_most(self, n: int | None) -> TestSet:
         """n documents by content hash, so that a file sorted by label keeps its mix; all of them for None."""

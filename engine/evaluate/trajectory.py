@@ -93,7 +93,7 @@ def mean_gradient(
     """Gradient of the documents' mean loss with respect to the chosen layers, (rows, cols) float32 by name.
 
     The head's gradient is of its output side alone, also where it is tied to the input embedding, and of the
-    target's rows alone (METHOD section 3).
+    target's rows alone (docs/method.md, step 3).
     """
     weights = {layer.name: _weight(model, layer.name, target) for layer in target.layers}
     model.requires_grad_(False)

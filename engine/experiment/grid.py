@@ -13,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 
 from engine.errors import UserError
 from engine.rundir import fingerprint
-from engine.spec import Retrain, RunSpec, Section, Strategy
+from engine.sections import Section
+from engine.spec import Placement, Retrain, RunSpec, Strategy
 
 DATA = "data:"
 """Prefix by which a spec names a sample of the grid: `data:hidden`."""
@@ -189,7 +190,8 @@ def expand(grid: Grid, where: str = "the grid") -> list[Cell]:
 def extraction_key(spec: RunSpec) -> str:
     """Name of the extraction that a spec needs; equal for specs that can share one."""
     sections = [*EXTRACTION, *(["evaluate"] if spec.retrain.judges else [])]
-    return fingerprint([getattr(spec, name).model_dump(mode="json") for name in sections])[:16]
+    where = set(Placement.model_fields)  # workers ran, which changes nothing
+    return fingerprint([getattr(spec, name).model_dump(mode="json", exclude=where) for name in sections])[:16]
 
 
 def finetuned_key(grid: Grid, spec: RunSpec) -> str:

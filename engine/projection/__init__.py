@@ -1,4 +1,4 @@
-"""Projection of per-example gradients to d numbers by one fixed linear map (METHOD section 4)."""
+"""Projection of per-example gradients to d numbers by one fixed linear map (docs/method.md, step 4)."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class State:
 class Projector(abc.ABC):
     """A linear map of weight-shaped gradients to R^dim, fixed by (kind, dim, seed, layers).
 
-    A document's gradient is the sum over its loss tokens of ``e_t h_t^T`` (METHOD section 3). The errors
+    A document's gradient is the sum over its loss tokens of ``e_t h_t^T`` (docs/method.md, step 3). The errors
     ``e_t`` arrive in chunks over the rows, so no (tokens, V) array need exist; several layers add up::
 
         state = projector.begin(layer, n_tokens, device)

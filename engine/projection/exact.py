@@ -14,7 +14,7 @@ MAX_DIM = 2**24  # 64 MiB a document in float32
 
 
 class Exact(HoldsErrors):
-    """No projection: layer by layer, row-major. In classification L x H entries (METHOD section 4)."""
+    """No projection: layer by layer, row-major. In classification L x H entries (docs/method.md, step 4)."""
 
     kind = "exact"
 

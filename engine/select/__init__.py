@@ -1,4 +1,4 @@
-"""Selection: which rows of a store, added up, point the way the fine-tuned model went (METHOD section 5)."""
+"""Selection: which rows of a store, added up, point the way the fine-tuned model went (docs/method.md, step 5)."""
 
 from __future__ import annotations
 

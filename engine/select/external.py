@@ -25,7 +25,7 @@ MEAN_ROWS = 4096
 
 
 class FileRows:
-    """Rows (METHOD section 5) of one checkpoint, scale 1, all valid, read from a matrix on disk when asked.
+    """Rows (docs/method.md, step 5) of one checkpoint, scale 1, all valid, read from a matrix on disk when asked.
 
     Pages are read, not mapped, so resident memory is what is asked for and not what was touched.
     """

@@ -5,12 +5,15 @@ of ``z = Q^T h``. With ``e = h - Q zq``, s the unit running sum, ``w = Q^T s``, 
 
     h.s = zq.w + (Q^T e).w + e.s'   so   |h.s - zq.w| <= q ||w|| + rho ||s'||,   q >= ||Q^T e||, rho >= ||e||
 
-Bounds are sharpened in stages. The *stale* stage uses zq.w and its radius as they were for an earlier sum s0:
-with ``s = a s0 + b``, h.s differs from a (h.s0) by at most ||b||, a few operations per row whatever Q's size.
-The *fresh* stage computes zq.w for the rows that the stale one leaves, and for all rows when those become
-many. What is left then is compared exactly. Everything is bounded on unit vectors, so norms of any size are
-harmless. Rounding is covered as docs/selection.md says; it assumes that a matrix product is a sum of products
-in some order, with or without FMA, in the precision of its operands.
+Bounds are sharpened in stages. The *stale* stage uses zq.w and its radius as they were for an earlier sum s0,
+each row's own: with ``s = a s0 + b``, h.s differs from a (h.s0) by at most ||b||, a few operations per row
+whatever Q's size. The *fresh* stage computes zq.w for the rows that the stale one leaves, and for all rows when
+those become many. What is left then is compared exactly, and a row once in memory also *learns* its coordinates
+along the columns that were added to Q since it was last looked at, such as the rest of the running sum: so Q
+follows the sum without a pass over the store, and each row is bounded with the columns that it knows.
+Everything is bounded on unit vectors, so norms of any size are harmless. Rounding is covered as
+docs/selection.md says; it assumes that a matrix product is a sum of products in some order, with or without
+FMA, in the precision of its operands.
 """
 
 from __future__ import annotations
@@ -30,14 +33,17 @@ from engine.select.objective import Floats, Ints, RowKind, norms, stream
 
 T = TypeVar("T")
 
-ROW_BYTES = 28
-"""Bytes per row and checkpoint beside the coordinates: nu, alpha, q, rho, and the stale cosine and radius."""
+ROW_BYTES = 33
+"""Bytes per row and checkpoint beside the coordinates: nu, alpha, q, rho, the stale cosine and radius, and (once
+per row) the sum that these are of and the columns that the row knows."""
 
 _SINGLE, _DOUBLE = 2.0**-24, 2.0**-53  # unit roundoffs
 _BOUND_ROWS = 1 << 15  # rows bounded at once, so that their numbers stay in the core's cache
 _COORDS = 1 << 17  # coordinates converted to float32 at once, likewise
 _UNIT = 2.0**-15  # of the coordinates zq, kept as int16
 _STALE_SHARE = 4  # a row gathered costs about as much as this many rows in sequence
+_SUMS = 64  # earlier sums that stale bounds may refer to
+_LEAST = 1e-6  # a direction of which Q leaves less is not worth a column
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,8 @@ class Query:
     """A running sum as the index sees it, per checkpoint.
 
     unit: (P, d) s; norm: (P,) of the sum itself; cosine: cos(s, u); weights: (P, r) float32, Q^T s in zq's
-    unit; inside, outside, slack: (P,), ||w||, ||s'|| and the rounding of zq.w; turn, drift: (P,), a and ||b||
-    of the stale stage.
+    unit; inside, slack: (P,), ||w|| and the rounding of zq.w; outside: (P, 1 + lessons), ||s'|| for a row that
+    knows so many of the columns added in memory; turn, drift: (P, sums), a and ||b|| of the stale stage.
     """
 
     unit: Floats
@@ -84,8 +90,17 @@ class SubspaceIndex:
         self._nu = np.zeros((p, n))
         self._coords = np.zeros((p, n, self.capacity), np.int16)
         self._alpha, self._q, self._rho, self._stale, self._radius = np.zeros((5, p, n), np.float32)
-        self._stale_sum: Floats | None = None
+        self._sums, self._sum_of = (
+            np.zeros((p, 0, rows.dim)),
+            np.zeros(n, np.uint8),
+        )  # that stale bounds are of
         self._gathered = 0
+        self.lessons = 0  # columns ever added in memory
+        self._lesson = np.zeros(
+            self.capacity, np.int32
+        )  # by which a column came; 0: a pass, all rows know it
+        self._knows = np.zeros(n, np.int32)  # a row knows the columns of lessons up to this
+        self._wrong2 = np.zeros(p)  # ||Q^T Q - I||^2 in Frobenius's norm, as measured
         # Covers every float64 error on unit quantities: sums of d products and a few operations after them.
         self.margin = 2 * _DOUBLE * (rows.dim + 64)
 
@@ -107,25 +122,83 @@ class SubspaceIndex:
         used = (self._weights[:, : self.size] ** 2).sum(axis=0)
         replaced = np.argsort(used, kind="stable")[:surplus]
         columns = np.concatenate([replaced, np.arange(self.size, self.size + directions.shape[2] - surplus)])
-        first, before = self.size == 0, self.skew
-        self.basis[:, columns] = directions.transpose(0, 2, 1)
-        self.size += columns.size - surplus
-        q = self.basis[:, : self.size]
-        gram = q @ q.transpose(0, 2, 1) - np.eye(self.size)
-        self.skew = np.sqrt((gram**2).sum(axis=(1, 2))) + self.margin * self.size
-        wrong = np.maximum(before, self.skew) + self.margin * math.sqrt(self.size)
+        first, wrong = self.size == 0, self._place(columns, directions, lesson=0)
 
         def add(piece: tuple[slice, RowBlock]) -> None:
             at, block = piece
             part = slice(at.start - self.start, at.stop - self.start)
             for j in range(self.rows.n_checkpoints):
                 z = self._project(block, j, part, directions[j], first)
-                self._replace(j, part, columns, replaced, z, float(wrong[j]))
+                self._coords[j][part, columns] = self._settle(j, part, z, float(wrong[j]))
 
         pieces = stream(self.rows, self.start, self.stop)
         while together := list(itertools.islice(pieces, self._at_once)):
             self._each(add, together)
-        self._stale_sum = None
+        self._sums = self._sums[:, :0]
+
+    def follow(self, sums: Floats) -> None:
+        """Add to Q what it leaves of the running sum (P, d), for rows to `learn`; where capacity ends, in place
+        of the column added so that the sum uses least."""
+        rest = self._outside(self._outside(self.query(sums).unit[:, :, None]))
+        length = np.linalg.norm(rest, axis=1, keepdims=True)
+        added = np.flatnonzero(self._lesson) if self.size == self.capacity else np.array([self.size])
+        if added.size == 0 or not (length > _LEAST).all():
+            return
+        least = added[[int(np.argmin((self._weights[:, added] ** 2).sum(axis=0)))]]
+        self.lessons += 1
+        self._place(least, self._outside(rest / length), self.lessons)
+
+    def learn(self, rows: Ints, vectors: Floats) -> None:
+        """Give rows (m,) of vectors (m, P, d) their coordinates along the columns that they do not know."""
+        behind = self._knows[rows] < self.lessons
+        if not behind.any():
+            return
+        rows, vectors = rows[behind], vectors[behind]
+        columns = np.flatnonzero(self._lesson > self._knows[rows].min())
+        known = self._lesson[columns] <= self._knows[rows][:, None]
+        wrong, at = self._wrong(), np.ix_(rows, columns)
+        for j in range(self.rows.n_checkpoints):
+            length = np.linalg.norm(vectors[:, j], axis=1, keepdims=True)
+            z = vectors[:, j] @ self.basis[j, columns].T
+            z = np.divide(z, length, out=np.zeros_like(z), where=(length > 0) & ~known)
+            self._coords[j][at] += self._settle(j, rows, z, float(wrong[j]))
+        self._knows[rows] = self.lessons
+
+    def _place(self, columns: Ints, directions: Floats, lesson: int) -> Floats:
+        """Make directions (P, d, m) Q's columns; what rows knew along the columns that were there is given back.
+
+        Returns:
+            (P,): bounds the error of a coordinate and the skew of Q, before and after.
+        """
+        before = self._wrong()
+        self._each(
+            lambda low: self._give_back(low, columns[columns < self.size]), self._pieces(self._knows.size)
+        )
+        self.basis[:, columns] = directions.transpose(0, 2, 1)
+        self._lesson[columns] = lesson
+        self.size = max(self.size, int(columns.max()) + 1)
+        gram = directions.transpose(0, 2, 1) @ self.basis[:, : self.size].transpose(0, 2, 1)
+        gram[:, np.arange(columns.size), columns] -= 1
+        self._wrong2 += 2 * (gram**2).sum(axis=(1, 2))
+        self.skew = np.sqrt(self._wrong2) + self.margin * self.size
+        return np.maximum(before, self._wrong())
+
+    def _wrong(self) -> Floats:
+        return np.asarray(self.skew + self.margin * math.sqrt(self.size))
+
+    def _give_back(self, low: int, columns: Ints) -> None:
+        """The parts of some rows along columns that are to be replaced belong to e again."""
+        part = slice(low, low + _BOUND_ROWS)
+        for j in range(self._nu.shape[0]):
+            q, rho = self._q[j, part].astype(np.float64), self._rho[j, part].astype(np.float64)
+            old = self._coords[j][part, columns] * _UNIT
+            back = np.sqrt(np.einsum("nr,nr->n", old, old))
+            self._rho[j, part] = _up(np.sqrt(rho * rho + back * (2 * q + back)))
+            self._coords[j][part, columns] = 0
+
+    @staticmethod
+    def _pieces(count: int) -> range:
+        return range(0, count, _BOUND_ROWS)
 
     def _each(self, work: Callable[[T], None], items: Iterable[T]) -> None:
         """work(item) for every item, by all threads."""
@@ -149,28 +222,21 @@ class SubspaceIndex:
             z = z[:, :-1]
         return z
 
-    def _replace(self, j: int, part: slice, columns: Ints, replaced: Ints, z: Floats, wrong: float) -> None:
-        """Store coordinates and update q and rho.
+    def _settle(self, j: int, part: slice | Ints, z: Floats, wrong: float) -> npt.NDArray[np.int16]:
+        """Update q and rho for coordinates z (b, m) along new columns; returns them as they are kept.
 
-        Exactly, e loses Q z and keeps what rounding z to int16 lost; a replaced column gives its part back.
-        `wrong` bounds the error of z and the skew of Q, each of which enters a square a few times at most.
+        Exactly, e loses Q z and keeps what rounding z to int16 lost. `wrong` bounds the error of z and the skew
+        of Q, each of which enters a square a few times at most.
         """
-        q, rho2 = (
-            self._q[j, part].astype(np.float64),
-            self._rho[j, part].astype(np.float64) ** 2,
-        )
+        q, rho = self._q[j, part].astype(np.float64), self._rho[j, part].astype(np.float64)
         live = self._nu[j, part] > 0
-        if replaced.size:
-            old = self._coords[j][part][:, replaced] * _UNIT
-            back = np.sqrt(np.einsum("nr,nr->n", old, old))
-            rho2 = rho2 + back * (2 * q + back)
         coords = np.clip(np.rint(z / _UNIT), -32767, 32767).astype(np.int16)
         lost = z - coords * _UNIT
         lost2 = np.einsum("nr,nr->n", lost, lost)
-        rho2 = np.maximum(rho2 - np.einsum("nr,nr->n", z, z) + lost2, 0)
-        self._coords[j][part, columns] = coords
+        rho2 = np.maximum(rho * rho - np.einsum("nr,nr->n", z, z) + lost2, 0)
         self._q[j, part] = _up((np.sqrt(q * q + lost2) + 2 * wrong) * live)
         self._rho[j, part] = _up(np.sqrt(rho2 + 16 * wrong) * live)
+        return coords
 
     def query(self, sums: Floats) -> Query:
         """Prepare bounds for candidates added to sums (P, d)."""
@@ -181,29 +247,30 @@ class SubspaceIndex:
         # float32: w rounded, r products summed in any order; float64: w itself. ||zq|| <= 1.001.
         wrong = self.margin * math.sqrt(self.size)
         slack = 1.05 * ((self.size + 8) * _SINGLE * inside + wrong) + 2 * self.margin
-        # ||s'||^2 = ||s||^2 - 2 w.(Q^T s) + ||Q w||^2, and ||s|| is 1 or 0.
-        w2 = np.einsum("pr,pr->p", w, w)
-        outside = np.sqrt(np.maximum((norm > 0) - w2, 0) + 4 * wrong + 2 * self.skew)
-        stale = unit if self._stale_sum is None else self._stale_sum
-        turn = np.einsum("pd,pd->p", unit, stale)
-        drift = _length(unit - turn[:, None] * stale) + 4 * _SINGLE
+        # ||s'||^2 = ||s||^2 - 2 w.(Q^T s) + ||Q w||^2 over the columns that are known, and ||s|| is 1 or 0.
+        known = np.stack([np.bincount(self._lesson, row * row, self.lessons + 1).cumsum() for row in w])
+        loose = 4 * wrong + 2 * self.skew
+        outside = np.sqrt(np.maximum((norm > 0)[:, None] - known, 0) + loose[:, None])
+        # ||b||^2 = 1 - a^2 for s and s0 of norm 1; no more than that where one is zero.
+        turn = np.einsum("prd,pd->pr", self._sums, unit)
+        drift = np.sqrt(np.maximum(1 - turn * turn, 0) + 8 * self.margin) + 4 * _SINGLE
         weights = w.astype(np.float32) * np.float32(_UNIT)
         return Query(unit, norm, unit @ self.u, weights, inside + wrong, outside, slack, turn, drift)
 
     def stale(self, query: Query) -> Floats | None:
         """Upper bounds of all rows (n,) from the last `fresh` of all; None when a fresh one is due."""
-        if self._stale_sum is None or self._gathered * _STALE_SHARE > self.stop - self.start:
+        if not 0 < self._sums.shape[1] < _SUMS or self._gathered * _STALE_SHARE > self.stop - self.start:
             return None
         return self._bounds(query, None, fresh=False)
 
     def fresh(self, query: Query, rows: Ints | None = None) -> Floats:
         """Upper bounds on the canonical score, of the given rows (m,) or of all (n,), at the present sum."""
-        if rows is not None:
+        if rows is None:
+            self._sums, self._gathered = self._sums[:, :0], 0
+        else:
             self._gathered += rows.size
-            return self._bounds(query, rows, fresh=True)
-        result = self._bounds(query, None, fresh=True)
-        self._stale_sum, self._gathered = query.unit, 0
-        return result
+        self._sums = np.concatenate([self._sums, query.unit[:, None]], axis=1)
+        return self._bounds(query, rows, fresh=True)
 
     def _bounds(self, query: Query, rows: Ints | None, fresh: bool) -> Floats:
         out = np.empty(self._nu.shape[1] if rows is None else rows.size)
@@ -215,15 +282,17 @@ class SubspaceIndex:
             for j in range(self._nu.shape[0]):
                 if fresh:
                     along, radius = self._fresh_cosine(query, j, part)
-                    if rows is None:
-                        self._stale[j, part], self._radius[j, part] = along, _up(radius)
+                    self._stale[j, part], self._radius[j, part] = along, _up(radius)
                 else:
-                    along = self._stale[j, part].astype(np.float64) * query.turn[j]
-                    radius = self._radius[j, part].astype(np.float64) * abs(query.turn[j]) + query.drift[j]
+                    turn, drift = query.turn[j][self._sum_of[part]], query.drift[j][self._sum_of[part]]
+                    along = self._stale[j, part] * turn
+                    radius = self._radius[j, part] * np.abs(turn) + drift
                 total += self._score_bound(query, j, part, along, radius)
             out[at] = total / self._nu.shape[0] + self.margin
+            if fresh:
+                self._sum_of[part] = self._sums.shape[1] - 1
 
-        self._each(bound, range(0, out.size, _BOUND_ROWS))
+        self._each(bound, self._pieces(out.size))
         return out
 
     def _fresh_cosine(self, query: Query, j: int, part: slice | Ints) -> tuple[Floats, Floats]:
@@ -237,7 +306,8 @@ class SubspaceIndex:
             piece[...] = coords[low : low + step]
             along[low : low + step] = np.einsum("nr,r->n", piece, query.weights[j])
         q, rho = self._q[j, part].astype(np.float64), self._rho[j, part].astype(np.float64)
-        return along, q * query.inside[j] + rho * query.outside[j] + query.slack[j]
+        outside = query.outside[j][self._knows[part]]
+        return along, q * query.inside[j] + rho * outside + query.slack[j]
 
     def _score_bound(self, query: Query, j: int, part: slice | Ints, along: Floats, radius: Floats) -> Floats:
         """Upper bounds on cos(s_j + g_ij, u) when h.s is along +- radius.

@@ -1,6 +1,6 @@
 """The one function that scores a candidate, in float64 and in an order of summation fixed by IEEE arithmetic.
 
-``f(S) = mean_j cos(sum_{i in S} g_ij, Delta)`` with ``cos(0, .) = 0`` (METHOD section 5). Sums over d are a
+``f(S) = mean_j cos(sum_{i in S} g_ij, Delta)`` with ``cos(0, .) = 0`` (docs/method.md, step 5). Sums over d are a
 binary fold of elementwise additions, so neither BLAS, threads, shards nor the shape of a batch can change a
 bit of a score: two searches that call `scores` and break ties alike pick alike, and that is what "identical"
 means in this package.

@@ -16,6 +16,7 @@ _SEEDS = 8  # rows compared first, for a score that rules most others out
 _SAMPLE = 2048  # rows that the basis is taken from
 _LEAVE, _FEWEST = 0.02, 32  # share of squares that the first basis may leave; its fewest directions
 _DRIFT = 8  # directions added at a time
+_FOLLOW = 128  # rows compared that cost as much as having Q follow the running sum
 _AHEAD = 64  # candidates read together before the first is compared
 _SEEK = 32  # rows of a streaming pass that a random read costs beside the rows of its chunk
 _GROW_ROWS = 5000  # rows of a streaming pass that finding new directions costs
@@ -101,6 +102,7 @@ class Shard:
         capacity = max(8, min(budget // 2, size + 8 * _DRIFT))
         self.index = SubspaceIndex(rows, start, stop, kind, u, capacity, threads)
         self._spent: list[int] = []  # work of comparing, step by step, since the index last grew
+        self._unfollowed = 0  # rows compared since the index last followed the running sum
         if self.open.any():
             self._first_basis(size)
 
@@ -153,6 +155,10 @@ class Shard:
         self._spent.append(
             self._compared + (self.cache.chunks_read - chunks) * (_SEEK + self.rows.chunk_rows)
         )
+        self._unfollowed += self._compared
+        if self._unfollowed > _FOLLOW:
+            self.index.follow(step.sums)
+            self._unfollowed = 0
         self._recent = np.array([row for _, row, _ in self._top], np.int64)
         return Found(
             rows=self._recent + self.start,
@@ -176,6 +182,7 @@ class Shard:
         """Score rows exactly; they leave the candidates (their bound becomes -inf)."""
         g = self.cache.vectors(rows)
         score = scores(sums, g, self.u)
+        self.index.learn(rows, g)
         self._compared += rows.size
         self._best = max(self._best, float(score.max()))
         best = np.lexsort((rows, -score))[:_KEPT]

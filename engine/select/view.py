@@ -54,7 +54,7 @@ def view_of(rows: Rows, spec: Select) -> Rows:
     """The rows that a selection works on; the store itself where nothing is asked for, a view as it is.
 
     target=negative: -Delta. target=random: a Gaussian direction of Delta's norm, from select.seed. Both are the
-    negative control of METHOD.md. precondition=second_moment: ``g_c / sqrt(v_c)`` with v_c the mean square of
+    negative control of docs/method.md. precondition=second_moment: ``g_c / sqrt(v_c)`` with v_c the mean square of
     coordinate c over valid rows and checkpoints, the direction an Adam step takes (Kingma & Ba 2015), since
     Delta was made of such steps and raw gradients were not.
     """

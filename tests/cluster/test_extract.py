@@ -212,6 +212,21 @@ def test_bad_documents_keep_their_row_and_harm_nobody(models: tuple[str, str], t
         np.testing.assert_allclose(good.exact(j), expected, rtol=0, atol=2e-3 * np.abs(expected).max())
 
 
+def test_a_model_without_finite_gradients_stops_the_run_with_one_sentence(
+    models: tuple[str, str], tmp_path: Path
+) -> None:
+    """Its weights are finite and its logits are not: every document is quarantined, and more than 5% are too many."""
+    broken = Path(shutil.copytree(models[1], tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"] *= 1e38
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    run, corpus = tmp_path / "run", tiny.save_corpus(tmp_path / "c.jsonl", 40)
+    with pytest.raises(UserError, match=r"allowed share of 5%.* non-finite gradient") as caught:
+        run_job(make_spec(run, (models[0], str(broken)), corpus))
+    assert "\n" not in str(caught.value)
+    assert set(pq.read_table(run / QUARANTINE)["reason"].to_pylist()) == {"non-finite gradient"}
+
+
 def test_a_mistake_that_only_a_worker_meets_is_one_sentence(models: tuple[str, str], tmp_path: Path) -> None:
     texts = [text for text, _ in tiny.sentences(60)]
     corpus = tmp_path / "c.parquet"

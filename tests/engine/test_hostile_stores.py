@@ -25,8 +25,11 @@ QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCh
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("sound"))
+
+
+def make_run(folder: Path) -> Path:
     """A run with a plan, a store of three partitions and a stage's record."""
-    folder = tmp_path_factory.mktemp("sound")
     (folder / "c.txt").write_text("".join(f"document {i}\n" for i in range(21)))
     run = RunDir(str(folder / "run"))
     plan = make_plan(Corpus(paths=[str(folder / "c.txt")], partition_rows=8), run)
@@ -84,6 +87,15 @@ def test_a_damaged_run_is_read_or_one_sentence_and_verify_names_something(
         file.write_bytes(before)
     if meaning(after) != meaning(before) and not file.name.endswith((".parquet", "extract.json")):
         assert found, file
+
+
+def test_a_file_that_may_not_be_read_is_one_sentence(unprivileged: Path) -> None:
+    folder = make_run(unprivileged)
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        file.chmod(0)
+        assert read_all(RunDir(str(folder))), file
+        file.chmod(0o600)
+    assert not read_all(RunDir(str(folder)))
 
 
 def meaning(data: bytes) -> object:

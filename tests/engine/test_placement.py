@@ -172,7 +172,7 @@ def test_what_cannot_be_packed_is_one_sentence(
     with pytest.raises(UserError, match="GPT2LMHeadModel has no plain linear layers to pack"):
         make_engine(gpt2, load_in="8bit")
     monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'unbake\[quantization\]'"):
+    with pytest.raises(UserError, match=r"needs bitsandbytes: .* -m pip install 'unbake\[quantization\]'"):
         loading_options("cpu", "4bit", torch.float32)
 
 

@@ -39,6 +39,12 @@ HOSTILE = [
     "javascript:alert(1) &lt;b&gt; &#60;i&#62;",
     "\x00\x07\x1b[31m\x9b\u2028\u2029\u202ereversed",
     "]]> <![CDATA[ <iframe src='https://example.com'>",
+    "<style>@import url(https://example.com/a.css); * { display: none }</style>",
+    "</style><link rel=stylesheet href=https://example.com/b.css><base href=https://example.com/>",
+    "<div style='position: fixed; inset: 0; background: url(https://example.com/c.png)' ontoggle=alert(2)>",
+    "<svg><style>* { fill: url(https://example.com/d.svg) }</style><script href=data:,alert(2) /></svg>",
+    "<svg><animate onbegin=alert(2) attributeName=x dur=1s /><foreignObject><form action=//example.com>",
+    "<math><mtext><meta http-equiv=refresh content='0; url=https://example.com/'><object data=//example.com>",
 ]
 
 

@@ -71,7 +71,10 @@ def test_a_spec_cannot_be_changed() -> None:
     ("name", "value", "words"),
     [
         ("selection.size", 3, ["unknown field selection"]),
-        ("select.sise", 3, ["unknown field select.sise"]),
+        ("select.sise", 3, ["unknown field select.sise", "did you mean select.size?"]),
+        ("select.learning_rate", 1, ["did you mean retrain.learning_rate?"]),
+        ("corpus.column", "x", ["corpus has paths, hub", "text, id"]),
+        ("sellect", {"size": 3}, ["did you mean select?"]),
         ("select.size", 0, ["select.size", "greater than or equal to 1", "0"]),
         ("select.size", "many", ["select.size", "many"]),
         ("select.strategy", "best", ["select.strategy", "greedy_batched", "best"]),
@@ -86,9 +89,11 @@ def test_a_spec_cannot_be_changed() -> None:
         ("gradients.projector", "jl", ["gradients.projector", "tensorsketch"]),
         ("task.labels", ["one"], ["task.labels", "two label words"]),
         ("task.labels", [True, False], ["task.labels.0", "quotes"]),
-        ("task.labels", "abc", ["task.labels", "abc"]),
+        ("task.labels", "abc", ["task.labels", "two label words"]),
+        ("task.labels", {"a": "b"}, ["task.labels", "list", "'a': 'b'"]),
         ("task.template", "no text", ["task.template", "{text}"]),
         ("task.template", "{text} or {text}", ["task.template", "once"]),
+        ("task.template", r"{text}\nTopic:", ["task.template", "double quotes"]),
         ("task.template", "{text} is ", ["task.template", "space"]),
         ("task.loss_scope", "all_tokens", ["task.loss_scope", "last_token"]),
         ("task.display_names", ["x"], ["task.display_names", "task.labels"]),
@@ -117,6 +122,15 @@ def test_a_misspelt_field_is_named_before_the_one_it_leaves_missing() -> None:
     fields = {**CLASSIFY, "models": {"base": "a", "fine_tuned": "b"}}
     with pytest.raises(UserError, match=r"unknown field models\.fine_tuned"):
         RunSpec.from_dict(fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("corpus.paths", "c.jsonl"), ("retrain.strategies", "random"), ("retrain.seeds", 7)]
+)
+def test_a_value_by_itself_is_a_list_of_one(name: str, value: Any) -> None:
+    assert RunSpec.from_dict(changed(CLASSIFY, name, value)) == RunSpec.from_dict(
+        changed(CLASSIFY, name, [value])
+    )
 
 
 def test_a_response_scope_without_columns_is_refused() -> None:

@@ -112,6 +112,24 @@ except UserError as error:
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_without_permission_the_old_file_stays_and_with_it_again_writing_goes_on(unprivileged: Path) -> None:
+    folder = Folder(str(unprivileged))
+    folder.write_bytes("in/x", b"old")
+    (unprivileged / "in").chmod(0o500)
+    for act in (
+        lambda: folder.write_bytes("in/x", b"new"),
+        lambda: folder.create_json("in/y", {}),
+        lambda: folder.make("in/z"),
+    ):
+        with pytest.raises(UserError, match=r"cannot (write|create) .*/in/\w: permission denied\.$"):
+            act()
+    assert folder.read_bytes("in/x") == b"old"
+    assert folder.names("in") == ["x"]
+    (unprivileged / "in").chmod(0o700)
+    folder.write_bytes("in/x", b"new")
+    assert folder.read_bytes("in/x") == b"new"
+
+
 def test_a_path_below_a_file_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = Folder(str(tmp_path / "file" / "run"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -67,3 +68,22 @@ class AlwaysDiesEncoding(cluster.extract.EncodePartition):
         if partition == 5:
             die()
         return super()._encode(partition)
+
+
+class ToldToGo(cluster.extract.WritePartition):
+    """Partition 3's worker gets SIGTERM as it begins; every worker notes which partitions it begins and ends."""
+
+    def _write(self, row: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+        partition, marker = int(row["partition"]), Path(f"{self.job.run_uri}-told")
+        self._note("begins", partition)
+        if partition == 3 and not marker.exists():
+            marker.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # without a notice the worker would be gone by now
+        record = super()._write(row, about)
+        self._note("ends", partition)
+        return record
+
+    def _note(self, what: str, partition: int) -> None:
+        with open(f"{self.job.run_uri}-{what}", "a") as file:  # one write of a short line is not torn
+            file.write(f"{os.getpid()} {partition}\n")

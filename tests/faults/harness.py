@@ -21,7 +21,9 @@ import tiny
 import yaml
 
 from engine.integrity import verify
+from engine.lock import LOCK
 from engine.rundir import RunDir
+from jobs.stopping import EXIT_CODE
 
 _drivers = multiprocessing.get_context("forkserver")  # what takes seconds to import is imported once
 _drivers.set_forkserver_preload(["faults.preload"])
@@ -49,9 +51,9 @@ def make_case(folder: Path, documents: int = 1024, partition_rows: int = 64, **s
         "extract": {
             "threads": 1, "workers_min": 2, "workers_max": 2, "cpus_per_worker": 0.5, "max_attempts": 10
         },
-        "select": {"size": 60, "shards": 2, "index_memory_mb": 4},
+        "select": {"size": 240, "shards": 2, "index_memory_mb": 4},
         "retrain": {
-            "strategies": ["greedy"], "epochs": 8, "batch_size": 8, "dtype": "float32", "threads": 1,
+            "strategies": ["greedy"], "epochs": 2, "batch_size": 8, "dtype": "float32", "threads": 1,
             "checkpoint_steps": 4, "learning_rate": 1e-3, "max_failures": 20,
         },
     }  # fmt: skip
@@ -158,7 +160,10 @@ def progress_of(run: Path) -> tuple[int, ...]:
 
 @dataclass
 class Soak:
-    """Random kills over as many runs of a case as it takes; each run has to end with the reference's bytes."""
+    """Random kills over as many runs of a case as it takes; each run has to end with the reference's bytes.
+
+    A driver may end by the signal that it was sent, with one sentence after a worker was killed, or well.
+    """
 
     config: Path
     reference: Path
@@ -166,19 +171,22 @@ class Soak:
     seed: int
     command: str = "recover"
     patience: float = 3.0
-    per_run: int = 20
+    per_stage: int = 7
     killed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    stopped: Counter[str] = field(default_factory=Counter)
     runs: int = 0
     starts: int = 0
 
     def __post_init__(self) -> None:
         self._rng = random.Random(self.seed)
         self._others: set[int] = set()
+        self._struck = False
+        self._here = Counter[str]()
         self._deadline = float("inf")
 
     @property
     def kills(self) -> int:
-        """How many so far."""
+        """How many kill -9 so far."""
         return sum(self.killed.values())
 
     def until(self, kills: int, seconds: float = float("inf")) -> None:
@@ -188,22 +196,24 @@ class Soak:
             self.one_run(kills)
 
     def one_run(self, limit: int) -> None:
-        """One run directory from nothing to its end, disturbed `per_run` times, or until `limit` in all."""
-        limit = min(limit, self.kills + self.per_run)
+        """One run directory from nothing to its end, `per_stage` kills in each stage, or until `limit` in all."""
+        self._here.clear()
         run = self.reference.parent / f"soak-{self.seed}-{self.runs}"
         driver = self._start(run)
         while True:
-            if self.kills < limit and driver.alive and time.monotonic() < self._deadline:
+            late = self.kills >= limit or time.monotonic() >= self._deadline
+            if driver.alive and not late and self._here[stage_of(run)] < self.per_stage:
                 self._wait_for_a_moment(run, driver)
                 if driver.alive:
                     self._strike(run, driver)
             else:
-                driver.process.join(1.0)
+                driver.process.join(0.1)
             if not driver.alive:
                 code = driver.wait()
                 if code == 0:
                     break
-                assert code in (-signal.SIGKILL, 2), (code, driver.said.read_text()[-3000:])
+                assert self._struck, (code, driver.said.read_text()[-3000:])
+                assert code in (-signal.SIGKILL, -signal.SIGTERM, EXIT_CODE, 2), code
                 driver = self._start(run)
         assert_same(run, self.reference)
         self.runs += 1
@@ -211,6 +221,7 @@ class Soak:
 
     def _start(self, run: Path) -> Driver:
         self.starts += 1
+        self._struck = False
         self._others = {process.pid for process in workers()}  # a dead driver's, on their way out
         return Driver(self.command, self.config, run, self.address)
 
@@ -232,15 +243,27 @@ class Soak:
         return [process for process in workers() if process.pid not in self._others]
 
     def _strike(self, run: Path, driver: Driver) -> None:
-        stage, kind = stage_of(run), self._rng.choices(("worker", "all workers", "driver"), (8, 1, 2))[0]
-        if kind == "driver":
-            driver.signal(signal.SIGKILL)
-            driver.wait()
-            self.killed[stage, kind] += 1
+        kinds = ("worker", "all workers", "driver", "stop")
+        stage, kind = stage_of(run), self._rng.choices(kinds, (8, 1, 2, 0.5))[0]
+        if kind in ("driver", "stop"):
+            self._struck = True
+            driver.signal(signal.SIGKILL if kind == "driver" else signal.SIGTERM)
+            code = driver.wait()
+            if kind == "driver":
+                self._count(stage, kind)
+            elif code == EXIT_CODE:  # not one that had ended, or had not begun to listen
+                self.stopped[stage] += 1
+                assert not (run / LOCK).exists()
+                assert "to go on from here: unbake" in driver.said.read_text()
             return
         victims = self._victims()
         if kind == "worker":
             victims = [self._rng.choice(victims)] if victims else []
         died = [kill(victim) for victim in victims]
         if any(died):
-            self.killed[stage, kind] += 1
+            self._struck = True
+            self._count(stage, kind)
+
+    def _count(self, stage: str, kind: str) -> None:
+        self.killed[stage, kind] += 1
+        self._here[stage] += 1

@@ -21,9 +21,9 @@ BUCKET = "unbake-tests"
 
 
 @contextlib.contextmanager
-def server() -> Iterator[str]:
-    """An S3 server with an empty bucket; its address."""
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+def server(ip: str = "127.0.0.1") -> Iterator[str]:
+    """An S3 server with an empty bucket, on one of this machine's addresses; its URL."""
+    moto = ThreadedMotoServer(ip_address=ip, port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
     address = f"http://{host}:{port}"
@@ -74,6 +74,21 @@ class Failures:
             kind = self._rng.choice(self.kinds)
             self.made[kind] += 1
             return kind
+
+
+class GoesAway(Failures):
+    """Storage that serves so many uploads, cuts the next one in the middle, and is gone from then on."""
+
+    def __init__(self, uploads: int) -> None:
+        super().__init__(0.0, 0)
+        self._left = uploads
+
+    def choose(self, request: str) -> str | None:
+        """See `Failures.choose`."""
+        if request.startswith("PUT"):
+            with self._lock:
+                self._left -= 1
+        return "cut" if self._left < 0 else None
 
 
 @contextlib.contextmanager

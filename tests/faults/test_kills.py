@@ -1,4 +1,4 @@
-"""Planned deaths: at each file of a partition, of a partition that kills all, by SIGTERM, of a whole node."""
+"""Planned deaths: at each file of a partition, of a partition that kills all, by SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +27,6 @@ from jobs.extract import extract
 from jobs.job import Job
 from jobs.stopping import EXIT_CODE
 
-ROOT = Path(__file__).parents[2]
 ray.cloudpickle.register_pickle_by_value(dying)  # workers cannot import it
 
 
@@ -127,72 +124,10 @@ def test_sigterm_stops_cleanly_with_a_hint_and_a_second_driver_is_refused_meanwh
     assert_same(folder, undisturbed)
 
 
-NODES = """
-    import sys, time, threading
-    from pathlib import Path
-    import psutil, ray
-    from ray.cluster_utils import Cluster
-    from jobs.__main__ import main
-    checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500,
-              "health_check_timeout_ms": 500, "health_check_failure_threshold": 3}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": checks})
-    left = [cluster.add_node(num_cpus=2) for _ in range(3)]
-    ray.init(address=cluster.address, log_to_driver=False)
-    done = Path(sys.argv[2]) / "done"
-    killed = 0
-    def busy(node):
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        return any("MapWorker(Map(WritePartition))" in " ".join(child.cmdline()) for child in raylet.children())
-    def kill():
-        global killed
-        while killed < 2:
-            time.sleep(0.01)
-            found = [node for node in left if busy(node)]
-            if found and len(list(done.glob("*.json"))) > 2 * killed:
-                left.remove(found[0])
-                found[0].kill_raylet()
-                killed += 1
-    threading.Thread(target=kill, daemon=True).start()
-    code = main(["extract", "--config", sys.argv[1], "--run_dir", sys.argv[2], "--quiet"])
-    print("killed", killed, flush=True)
-    cluster.shutdown()
-    sys.exit(code)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_lost_nodes_cost_nothing(case: Path, undisturbed: Path) -> None:
-    """Of three nodes two lose their raylet while a gradient actor is on them; it is started again elsewhere."""
-    folder = case.parent / "nodes"
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(NODES), str(case), str(folder)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=380,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "killed 2" in done.stdout
-    assert_same(folder, undisturbed)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, 8 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    done = mount and subprocess.run(
-        [mount, "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, timeout=60
-    )
-    if not done or done.returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    yield folder
-    subprocess.run([shutil.which("umount") or "umount", "-l", str(folder)], check=True, timeout=60)
-
-
 def test_lost_permission_and_a_full_disk_after_extraction_are_one_sentence_and_it_goes_on(
-    case: Path, undisturbed: Path, disk: Path, capsys: pytest.CaptureFixture[str]
+    case: Path, undisturbed: Path, mounted: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    disk = mounted("8m")
     folder = Path(shutil.copytree(undisturbed, disk / "run"))
     mount = str(shutil.which("mount"))
     arguments = ["select", "--config", str(case), "--run_dir", str(folder), "--quiet", "--select.shards", "1"]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 import s3fs
 
+import cluster.extract
 from engine.corpus import make_plan, read_partition
+from engine.errors import UserError
 from engine.gradients import PartitionGradients
 from engine.integrity import verify
 from engine.lock import LOCK, RunLock
@@ -24,6 +27,7 @@ from engine.spec import Corpus
 from engine.storage import Folder
 from engine.store import GradientStore, StoreShape
 from faults import s3
+from faults.dying import FILES
 from faults.harness import make_case
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +127,96 @@ def test_plan_store_and_verification_get_through_failing_storage(
     assert set(failures.made) == set(s3.Failures.kinds), failures.made
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("put", range(FILES))
+def test_storage_that_goes_away_in_the_middle_of_a_partition_leaves_none_that_counts(
+    put: int, upstream: str, here: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upload of its n-th object is cut in the middle, and nothing answers from then on."""
+    quick = {"config_kwargs": {"read_timeout": 0.5, "connect_timeout": 0.5, "retries": {"max_attempts": 1}}}
+    run = f"s3://{s3.BUCKET}/goes-away-{put}"
+    GradientStore.create(RunDir(run), StoreShape(2, 20, 16, 10), np.ones(16), {"fingerprint": "f"})
+    whole = some_gradients(10, 1)
+    with s3.proxy(upstream, s3.GoesAway(put)) as address:
+        monkeypatch.setitem(fsspec.config.conf, "s3", {**quick, "endpoint_url": address, "retries": 1})
+        s3fs.S3FileSystem.clear_instance_cache()
+        with pytest.raises((UserError, OSError)):
+            GradientStore.open(RunDir(run), writable=True).write(0, whole, "f", {})
+    monkeypatch.undo()
+    s3fs.S3FileSystem.clear_instance_cache()
+    for name, value in s3.environment(upstream).items():
+        monkeypatch.setenv(name, value)
+    assert (
+        len([name for name in objects(upstream, f"goes-away-{put}") if not name.endswith(".json")]) == put + 1
+    )
+    store = GradientStore.open(RunDir(run), writable=True)
+    assert store.done("f") == {}
+    store.write(0, whole, "f", {})
+    assert store.done("f").keys() == {0}
+    np.testing.assert_array_equal(store.read(0, 10).features, whole.features)
+
+
+def test_an_upload_in_parts_that_was_never_completed_is_no_file(upstream: str, here: str) -> None:
+    client = boto3.client("s3", endpoint_url=upstream, **s3.environment_arguments())
+    run = RunDir(f"s3://{s3.BUCKET}/parts")
+    GradientStore.create(run, StoreShape(2, 20, 16, 10), np.ones(16), {"fingerprint": "f"})
+    store = GradientStore.open(run, writable=True)
+    store.write(0, some_gradients(10, 0), "f", {})
+    for name in ("done/00000001.json", "gradients.zarr/features/c/0/1/0", "new.parquet"):
+        body = (
+            run.read_bytes(name.replace("1.json", "0.json").replace("/1/", "/0/")) if "/" in name else b"PAR1"
+        )
+        begun = client.create_multipart_upload(Bucket=s3.BUCKET, Key=f"parts/{name}")
+        client.upload_part(
+            Bucket=s3.BUCKET, Key=f"parts/{name}", UploadId=begun["UploadId"], PartNumber=1, Body=body
+        )
+        assert not run.exists(name)
+        with pytest.raises(FileNotFoundError):
+            run.read_bytes(name)
+    assert run.names("done") == ["00000000.json"]
+    assert GradientStore.open(run).done("f").keys() == {0}
+
+
+@pytest.mark.slow
+def test_an_upload_in_parts_gets_through_failing_storage_whole(
+    upstream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over 100 MB a file goes up in parts; some are refused, cut, or time out."""
+    failures = s3.Failures(share=1 / 3, seed=2, slow=0.0)
+    data = np.random.default_rng(0).bytes(120 << 20)
+    with s3.proxy(upstream, failures) as address:
+        for name, value in s3.environment(address).items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        folder = Folder(f"s3://{s3.BUCKET}/large")
+        for number in range(3):
+            folder.write_bytes(f"{number}.bin", data)
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert sum(failures.made.values()) >= 3, failures.made
+    for number in range(3):
+        assert objects(upstream, "large")[f"{number}.bin"] == data
+
+
+def test_storage_that_fails_is_tried_again_after_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    left = [OSError("Slow Down"), TimeoutError("no answer"), ConnectionResetError("reset"), None]
+
+    def work() -> str:
+        if (error := left.pop(0)) is not None:
+            raise error
+        return "done"
+
+    assert cluster.extract._attempt(work, 4) == "done"
+    for step, pause in enumerate(pauses):
+        least = cluster.extract.BACK_OFF * 2**step
+        assert least <= pause <= 2 * least
+    assert len(pauses) == 3
+    left[:] = [OSError("Slow Down")] * 4
+    with pytest.raises(UserError, match=r"^storage failed 4 times: Slow Down\.$"):
+        cluster.extract._attempt(work, 4)
+
+
 def some_gradients(n: int, seed: int) -> PartitionGradients:
     """Random unit rows and what belongs beside them."""
     rng = np.random.default_rng(seed)
@@ -159,6 +253,9 @@ def test_a_run_on_failing_storage_ends_with_the_bytes_of_a_local_run(
         assert done.returncode == 0, done.stderr
         assert "extract: 128 documents to do" in done.stderr
         said.append(done.stdout + done.stderr)
+        done = unbake(address, "report", "--config", str(config), "--run_dir", remote, "--quiet")
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout + done.stderr)
         done = unbake(address, "verify", remote)
         assert done.returncode == 0, done.stdout + done.stderr
         said.append(done.stdout + done.stderr)
@@ -173,6 +270,7 @@ def test_a_run_on_failing_storage_ends_with_the_bytes_of_a_local_run(
     for name in names:
         assert again[name] == whole[name] == (tmp_path / "local" / name).read_bytes(), name
     assert LOCK not in again
+    assert {"spec.yaml", "report.html", "log.jsonl"} <= again.keys()
     for text in [*said, *(body.decode("latin-1") for body in again.values())]:
         assert s3.SECRET not in text
         assert s3.ACCESS not in text

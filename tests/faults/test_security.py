@@ -203,3 +203,61 @@ def test_a_deepspeed_checkpoint_is_read_as_weights_alone(tiny_base: str, tmp_pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("refused") == 4, done.stdout + done.stderr
     assert not (tmp_path / "went-off").exists()
+
+
+@pytest.mark.parametrize("field", ["run_dir", "corpus.paths", "models.base", "models.finetuned"])
+def test_an_address_with_a_password_is_refused_and_not_repeated(
+    field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The spec is written into the run and shown in the report."""
+    spec = f"run_dir: {tmp_path / 'run'}\nmodels: {{base: a, finetuned: b}}\ncorpus: {{paths: [c.jsonl]}}\n"
+    (tmp_path / "run.yaml").write_text(spec + "task: {labels: [a, b], template: '{text} topic:'}\n")
+    secret = "s3://AKIAKEY:hunter2@bucket/folder"
+    value = f"[{secret}]" if field == "corpus.paths" else secret
+    assert main(["extract", "--config", str(tmp_path / "run.yaml"), f"--{field}", value]) == 2
+    err = capsys.readouterr().err
+    assert f"{field}: an address with a password in it" in err
+    assert err.count("\n") == 1
+    assert "hunter2" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+PRIVATE = """
+    import json, os, subprocess, sys
+    import psutil, ray
+    from cluster.session import session
+    from engine.spec import Ray
+    with session(Ray(num_cpus=1, object_store_mb=100)):
+        @ray.remote
+        class Worker:
+            def there(self):
+                return os.getpid()
+        worker = Worker.remote()
+        ray.get(worker.there.remote())
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        sockets = {p.name(): [c.laddr.ip for c in p.net_connections("tcp") if c.status == "LISTEN"] for p in processes}
+        code = "import sys; from cluster.session import session; from engine.spec import Ray; "
+        code += "session(Ray(address=sys.argv[1])).__enter__()"
+        address = ray.get_runtime_context().gcs_address
+        environment = {**os.environ, "RAY_AUTH_TOKEN": "not-the-token-of-this-instance-at-all"}
+        command = [sys.executable, "-c", code, address]
+        stranger = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        print(json.dumps([sockets, stranger.stderr]))
+"""
+
+
+def test_a_private_ray_listens_on_this_machine_alone_and_wants_its_token() -> None:
+    """No socket of any of its processes is bound to another interface; a client with another token is refused."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PRIVATE)],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    sockets, said = json.loads(done.stdout.splitlines()[-1])
+    assert {"gcs_server", "raylet"} < sockets.keys()
+    assert not any("dashboard" in name.lower() for name in sockets if name != "ray::DashboardAgent")
+    bound = [ip for ips in sockets.values() for ip in ips]
+    assert len(bound) >= 5
+    assert set(bound) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, sockets
+    assert "cannot connect to Ray" in said

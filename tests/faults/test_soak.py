@@ -33,6 +33,7 @@ def undisturbed(command: str, config: Path, address: str) -> Path:
 def report(soak: Soak) -> None:
     """What was killed, for the person who ran it."""
     table = {f"{stage}: {kind}": n for (stage, kind), n in sorted(soak.killed.items())}
+    table |= {f"{stage}: SIGTERM to the driver": n for stage, n in sorted(soak.stopped.items())}
     text = json.dumps({"kills": soak.kills, "runs": soak.runs, "starts": soak.starts, **table}, indent=2)
     print(text, file=sys.stderr)
     if "UNBAKE_SOAK_REPORT" in os.environ:

@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "model without a config": (["--models.base", "{tmp}/nothing"], ["no config.json"]),
     "corrupt weights": (["--models.finetuned", "{tmp}/corrupt"], ["cannot read", "model.safetensors"]),
     "another architecture": (["--models.finetuned", "{tmp}/gpt2"], ["do not match", "model_type"]),
+    "longer than the model's positions": (
+        ["--models.base", "{tmp}/gpt2", "--models.finetuned", "{tmp}/gpt2-moved", "--task.max_tokens", "256"],
+        ["256 positions", "set it to"],
+    ),
     "another width": (["--models.finetuned", "{tmp}/wide"], ["do not match", "hidden_size"]),
     "label of many tokens": (
         ["--task.labels", "[sports, quantitative]", "--evaluate.test", "[]"], ["'quantitative'", "tokens"],
@@ -150,6 +154,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory, tiny_base: str, tiny_finetun
     save_file(weights, file, {"format": "pt"})
     torch.manual_seed(0)
     tiny.save_model(tmp_path / "gpt2", "gpt2")
+    tiny.save_model(tmp_path / "gpt2-moved", "gpt2", seed=1)
     tiny.save_model(tmp_path / "wide", hidden=48)
     return tmp_path
 
@@ -171,11 +176,15 @@ def test_each_mistake_is_one_sentence_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["retreive"], ["no command 'retreive'", "recover"]),
-        (["recover", "--config", "none.yaml"], ["cannot read the spec none.yaml", "no such file"]),
+        (["retreive"], ["no command 'retreive'", "unbake --help"]),
+        (["recover", "--config", "none.yaml"], ["none.yaml does not exist", "give a YAML spec"]),
         (["recover", "--config", "."], ["is not a run directory", "it has no spec.yaml"]),
-        (["recover"], ["models is missing"]),
-        (["select"], ["models is missing"]),
+        (["recover"], ["say what to run", "unbake recover run.yaml"]),
+        (["select"], ["say what to run"]),
+        (["recover", "runs/none"], ["runs/none does not exist", "a run directory"]),
+        (["recovr", "run.yaml"], ["did you mean", "recover"]),
+        (["recover", "--select.siz", "3"], ["did you mean --select.size"]),
+        (["demo", "--rundir", "x"], ["did you mean --run_dir"]),
         (["select", "--features", "x.npy"], ["--features, --target"]),
         (["select", "--features", "x.npy", "--target", "t.npy"], ["x.npy does not exist"]),
         (["recover", "--config"], ["expected one argument"]),
@@ -228,18 +237,9 @@ def _stop() -> Any:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(mounted: Callable[[str], Path]) -> Path:
     """A file system of a few hundred kilobytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    done = mount and subprocess.run(
-        [mount, "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True, timeout=60
-    )
-    if not done or done.returncode:
-        pytest.skip("mounting a file system is not permitted here")
-    yield folder
-    subprocess.run([shutil.which("umount") or "umount", "-l", str(folder)], check=True, timeout=60)
+    return mounted("300k")
 
 
 def test_a_full_disk_while_converting_the_corpus_is_one_sentence(

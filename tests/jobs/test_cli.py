@@ -94,6 +94,11 @@ def test_values_are_written_as_in_a_spec(name: str, config: str, capsys: pytest.
     assert found == expected
 
 
+@pytest.mark.parametrize("text", ["[0, 2]", "0,2", "0, 2"])
+def test_a_list_needs_no_brackets(text: str, config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "--config", config, "--retrain.seeds", text).retrain.seeds == [0, 2]
+
+
 def test_a_template_may_hold_braces_and_newlines(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     for template in ("{text}\nTopic:", "[new] {text}: {}", "'{text}' is", "null {text}"):
         assert printed(capsys, "--config", config, "--task.template", template).task.template == template

@@ -124,6 +124,31 @@ def test_the_log_can_be_read_by_a_machine(run: Path) -> None:
     assert end["rate"] > 0
 
 
+def test_both_endpoints_are_judged_before_the_long_work(run: Path) -> None:
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    begun = [record["stage"] for record in records if record["event"] == "begin"]
+    assert begun[:3] == ["evaluate-base", "evaluate-finetuned", "extract"]
+
+
+def test_a_finetuned_model_no_better_than_its_base_is_warned_of_before_ray_and_may_be_mended(
+    spec: Path, tiny_base: str, tiny_finetuned: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The tiny model that was moved at random judges worse than its base."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.pipeline.session", stop)
+    there = ["recover", "--config", str(spec), "--run_dir", str(tmp_path / "run")]
+    assert main(there) == 130
+    assert "the two models may be swapped" in " ".join(capsys.readouterr().err.split())
+    assert main([*there, "--models.base", tiny_finetuned, "--models.finetuned", tiny_base]) == 130
+    err = capsys.readouterr().err
+    assert "swapped" not in err
+    assert "evaluate-finetuned: " in err
+
+
 def test_a_second_run_skips_every_stage_says_so_and_changes_nothing(
     run: Path, spec: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +223,25 @@ def test_a_run_of_another_spec_is_refused_by_the_field(
     out, err = capsys.readouterr()
     assert field in err
     assert (out, err.count("\n")) == ("", 1)
+    assert contents(run) == before
+
+
+def test_a_fork_selects_anew_from_the_same_extraction(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["select", str(run), "--select.size", "8"]) == 2
+    assert f"unbake fork {run} NEW" in capsys.readouterr().err
+    before = contents(run)
+    assert main(["fork", str(run), str(tmp_path / "fork")]) == 0
+    capsys.readouterr()
+    assert main(["select", str(tmp_path / "fork"), "--select.size", "8"]) == 0
+    assert main(["extract", str(tmp_path / "fork")]) == 0
+    assert "extract: complete already, skipped" in capsys.readouterr().err
+    picks = [pq.read_table(folder / "selection.parquet")["row"] for folder in (tmp_path / "fork", run)]
+    assert picks[0].to_pylist() == picks[1].to_pylist()[:8]
+    assert RunDir(str(tmp_path / "fork")).load_spec().run_dir == str(tmp_path / "fork")
+    assert main(["fork", str(run), str(tmp_path / "fork")]) == 2
+    assert "is not empty" in capsys.readouterr().err
     assert contents(run) == before
 
 

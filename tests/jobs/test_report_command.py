@@ -72,6 +72,9 @@ def test_it_opens_where_asked_and_prints_where_asked(
     assert opened == [Path(run.path("report.html")).as_uri(), out.as_uri()]
     assert "text 19" in out.read_text()
     capsys.readouterr()
+    monkeypatch.setattr("webbrowser.open", lambda address: False)
+    assert main(["report", run.root, "--open"]) == 0
+    assert f"no browser here: open {opened[0]}" in capsys.readouterr().err
     assert main(["report", run.root, "--format", "md", "--out", "-", "-q"]) == 0
     assert capsys.readouterr().out.startswith("# What f may have learned from\n")
     assert main(["report", run.root, "--format", "md", "--open"]) == 2

@@ -1,4 +1,4 @@
-"""Every strategy of METHOD's table picks what its rule says, and says how good it is."""
+"""Every strategy of docs/method.md's table picks what its rule says, and says how good it is."""
 
 from __future__ import annotations
 

@@ -1,0 +1,155 @@
+"""Nodes that come and go change no byte; a pool begins with the nodes there are; what one stage holds the next gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+import cluster.extract
+from engine.spec import RunSpec
+from faults import dying
+from faults.harness import Driver, assert_same, make_case, workers
+from faults.nodes import GRADIENTS, INDEX, SPREAD, TRAINING, Nodes, wait_until
+from jobs.extract import extract
+from jobs.job import Job
+
+ray.cloudpickle.register_pickle_by_value(dying)  # workers cannot import it
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four partitions."""
+    return make_case(tmp_path_factory.mktemp("nodes"), 24 * 64, extract=SPREAD, select={"shards": 3})
+
+
+@pytest.fixture(scope="module")
+def serial(case: Path, ray_session: None) -> Path:
+    """The store as one worker writes it, one partition after the other."""
+    return run(case, "serial", workers_min=1, workers_max=1)
+
+
+def run(case: Path, name: str, **settings: object) -> Path:
+    """One extraction in this process, into `name`."""
+    fields = yaml.safe_load(case.read_text())
+    fields["run_dir"] = str(case.parent / name)
+    fields["extract"] |= settings
+    extract(Job(RunSpec.from_dict(fields), quiet=True))
+    return case.parent / name
+
+
+@contextmanager
+def nodes_of(count: int, **resources: object) -> Iterator[Nodes]:
+    nodes = Nodes(count, **resources)
+    try:
+        yield nodes
+    finally:
+        nodes.close()
+
+
+def written(run: Path) -> int:
+    """Partitions with a completion record."""
+    return len(list(run.glob("done/*.json")))
+
+
+def test_extraction_begins_on_the_first_node_grows_onto_the_next_and_loses_none_of_a_lost_nodes_work(
+    case: Path, serial: Path
+) -> None:
+    """workers_min is 2: with room for one it begins with one; the second node joins, then the first is lost."""
+    folder = case.parent / "come-and-go"
+    with nodes_of(1) as nodes:
+        driver = Driver("extract", case, folder, nodes.address)
+        wait_until(lambda: written(folder) >= 2, lambda: driver.alive)
+        (worker,) = nodes.workers(nodes.live[0], GRADIENTS)
+        worker.suspend()  # so that there is something left for the second one, however slow it starts
+        second = nodes.add()
+        wait_until(lambda: second in nodes.holding(GRADIENTS), lambda: driver.alive)
+        nodes.lose(nodes.live[0])
+        assert written(folder) < 24
+        assert driver.wait() == 0, driver.said.read_text()
+    assert_same(folder, serial)
+
+
+def test_sigterm_to_a_gradient_worker_ends_what_it_has_begun_and_nothing_is_done_twice(
+    case: Path, serial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.extract, "WritePartition", dying.ToldToGo)
+    folder = run(case, "told")
+    begun, ended = (
+        [tuple(map(int, line.split())) for line in noted(folder, what)] for what in ("begins", "ends")
+    )
+    assert sorted(begun) == sorted(ended)
+    assert sorted(partition for _, partition in ended) == list(range(24))
+    told = int(Path(f"{folder}-told").read_text())
+    last = begun.index((told, 3))
+    assert all(pid != told for pid, _ in begun[last + 2 :])  # one more may be begun before the signal arrives
+    assert told not in {worker.pid for worker in workers(GRADIENTS)}
+    assert_same(folder, serial)
+
+
+def noted(folder: Path, what: str) -> list[str]:
+    """What `dying.ToldToGo` wrote down."""
+    return Path(f"{folder}-{what}").read_text().splitlines()
+
+
+def test_extraction_leaves_no_actor_behind(serial: Path) -> None:
+    """Nor what it held: a training that needs all GPUs would wait for ever."""
+    wait_until(lambda: not workers("MapWorker"), lambda: True, 20)
+    total = ray.cluster_resources()["CPU"]
+    wait_until(lambda: ray.available_resources().get("CPU") == total, lambda: True, 20)
+
+
+@pytest.fixture(scope="module")
+def serial_recover(case: Path, ray_session: None) -> Path:
+    """The whole run, one partition after the other, selected without shards."""
+    folder = case.parent / "serial-recover"
+    alone = ("--extract.workers_min", "1", "--extract.workers_max", "1", "--select.shards", "1")
+    driver = Driver("recover", case, folder, str(ray.get_runtime_context().gcs_address), *alone)
+    assert driver.wait(300) == 0, driver.said.read_text()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_whose_every_stage_loses_a_node_and_gets_another_has_a_serial_runs_bytes(
+    case: Path, serial_recover: Path
+) -> None:
+    folder = case.parent / "every-stage"
+    with nodes_of(3) as nodes:
+        driver = Driver("recover", case, folder, nodes.address)
+        wait_until(lambda: written(folder) >= 2 and nodes.holding(GRADIENTS), lambda: driver.alive)
+        for kind in (GRADIENTS, INDEX, TRAINING):
+            found = wait_until(lambda kind=kind: nodes.holding(kind), lambda: driver.alive)
+            nodes.lose(found[0])
+            nodes.add()
+        assert driver.wait(300) == 0, driver.said.read_text()
+    assert_same(folder, serial_recover)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_stage_gets_the_one_cpu_that_the_stage_before_it_held(case: Path, serial_recover: Path) -> None:
+    """Extraction takes all of the only node, and so does training: neither would begin beside the other."""
+    folder = case.parent / "one-cpu"
+    alone = ("--select.shards", "1", "--extract.workers_min", "1", "--extract.workers_max", "1")
+    with nodes_of(1) as nodes:
+        driver = Driver("recover", case, folder, nodes.address, *alone)
+        assert driver.wait(300) == 0, driver.said.read_text()
+    assert_same(folder, serial_recover)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_of_three_nodes_two_are_lost_and_the_third_does_all(case: Path, serial: Path) -> None:
+    folder = case.parent / "lost"
+    with nodes_of(3) as nodes:
+        driver = Driver("extract", case, folder, nodes.address)
+        for least in (1, 3):
+            wait_until(lambda least=least: written(folder) >= least, lambda: driver.alive)
+            nodes.lose(wait_until(lambda: nodes.holding(GRADIENTS), lambda: driver.alive)[0])
+        assert driver.wait(300) == 0, driver.said.read_text()
+    assert_same(folder, serial)
