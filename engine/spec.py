@@ -279,6 +279,11 @@ class Select(Placement):
         return "own" if is_named(self.strategy) else self.strategy
 
     @property
+    def certified(self) -> bool:
+        """Whether each pick comes with a proof that no other row would have been better."""
+        return self.rule.startswith("greedy") and not self.in_rounds
+
+    @property
     def in_rounds(self) -> bool:
         """Whether the strategy looks at Delta, and so can be aimed anew."""
         return self.rounds > 1 and self.rule.startswith(("greedy", "topk"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from engine.errors import UserError
 from engine.rows import Rows
 from engine.rundir import DUPLICATES, SELECTION, STAGES, RunDir
 from engine.sections import section_from_fields
-from engine.select import Columns, Selection, View, open_features, view_of
+from engine.select import Certificate, Columns, Selection, View, open_features, view_of
 from engine.select import select as choose
 from engine.spec import Select, Strategy
 from engine.storage import Folder
@@ -39,6 +40,9 @@ NO_BYTES = (
     "node_labels",
 )
 """Fields of the section that change how picks are found, never which."""
+
+CERTIFICATE = f"{STAGES}/{{}}.certificate.parquet"
+"""File of a stage's certificate, a row for each pick; its counts of work may differ after a resume."""
 
 RANDOM: tuple[Strategy, ...] = ("random", "random_balanced")
 """Strategies whose selection depends on the seed."""
@@ -75,6 +79,10 @@ def select_features(features: str, target: str, settings: Select, out: str) -> S
     selection = choose(open_features(features, target), Columns(), settings)
     folder, name = os.path.split(os.path.abspath(out) if "://" not in out else out)
     Folder(folder).write_table(name, pa.table(_numbers(selection)))
+    if selection.certificate is not None:
+        Folder(folder).write_table(
+            f"{name.removesuffix('.parquet')}.certificate.parquet", _certificate(selection.certificate)
+        )
     return selection
 
 
@@ -107,7 +115,8 @@ def select_with(job: Job, settings: Select, stage: str, name: str) -> dict[str, 
         from cluster.train import NO_BYTES as IN_TRAINING
 
         inputs |= {"models.base": job.model_hashes["base"], **job.section("retrain", without=IN_TRAINING)}
-    return job.guarded(stage, inputs, lambda: _select(job, settings, stage, name), outputs=(name,))
+    outputs = (name, CERTIFICATE.format(stage)) if settings.certified else (name,)
+    return job.guarded(stage, inputs, lambda: _select(job, settings, stage, name), outputs=outputs)
 
 
 def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]:
@@ -126,6 +135,8 @@ def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]
         else:
             selection = choose(rows, columns, settings, progress.update, journal=journal, shards=shards)
         job.run.write_table(name, _table(job, store, selection))
+        if selection.certificate is not None:
+            job.run.write_table(CERTIFICATE.format(stage), _certificate(selection.certificate))
         progress.update(settings.size)
         seconds = progress.seconds
     journal.remove("")
@@ -253,6 +264,13 @@ def documents_of(job: Job, store: GradientStore, rows: npt.NDArray[np.int64]) ->
     if documents.prompts is not None:
         columns |= {"prompt": documents.prompts, "response": documents.responses}
     return pa.table(columns)
+
+
+def _certificate(certificate: Certificate) -> pa.Table:
+    """A row for each pick: why it is the argmax over all rows; see `Certificate`."""
+    rank = np.arange(certificate.score.size, dtype=np.int32)
+    columns = {field.name: getattr(certificate, field.name) for field in dataclasses.fields(certificate)}
+    return pa.table({"rank": rank, **columns})
 
 
 def _numbers(selection: Selection) -> dict[str, npt.NDArray[Any]]:

@@ -203,7 +203,7 @@ class Greedy:
 
         bound = np.array([-np.inf if pick.bound is None else pick.bound for pick in self.picks])
         work = (column(name) for name in ("compared", "rows_read", "bytes_read"))
-        return column("row"), Certificate(column("score"), bound, *work)
+        return column("row"), Certificate(column("row"), column("score"), bound, *work)
 
 
 def verify(

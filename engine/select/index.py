@@ -90,10 +90,8 @@ class SubspaceIndex:
         self._nu = np.zeros((p, n))
         self._coords = np.zeros((p, n, self.capacity), np.int16)
         self._alpha, self._q, self._rho, self._stale, self._radius = np.zeros((5, p, n), np.float32)
-        self._sums, self._sum_of = (
-            np.zeros((p, 0, rows.dim)),
-            np.zeros(n, np.uint8),
-        )  # that stale bounds are of
+        self._sums = np.zeros((p, 0, rows.dim))  # that stale bounds are of
+        self._sum_of = np.zeros(n, np.uint8)
         self._gathered = 0
         self.lessons = 0  # columns ever added in memory
         self._lesson = np.zeros(
@@ -170,10 +168,10 @@ class SubspaceIndex:
         Returns:
             (P,): bounds the error of a coordinate and the skew of Q, before and after.
         """
-        before = self._wrong()
-        self._each(
-            lambda low: self._give_back(low, columns[columns < self.size]), self._pieces(self._knows.size)
-        )
+        before, replaced = self._wrong(), columns[columns < self.size]
+        if replaced.size:
+            give = lambda low: self._give_back(low, replaced, before)  # noqa: E731
+            self._each(give, self._pieces(self._knows.size))
         self.basis[:, columns] = directions.transpose(0, 2, 1)
         self._lesson[columns] = lesson
         self.size = max(self.size, int(columns.max()) + 1)
@@ -186,15 +184,22 @@ class SubspaceIndex:
     def _wrong(self) -> Floats:
         return np.asarray(self.skew + self.margin * math.sqrt(self.size))
 
-    def _give_back(self, low: int, columns: Ints) -> None:
-        """The parts of some rows along columns that are to be replaced belong to e again."""
-        part = slice(low, low + _BOUND_ROWS)
+    def _give_back(self, low: int, columns: Ints, wrong: Floats) -> None:
+        """The parts of some rows along columns that are to be replaced belong to e again.
+
+        With e' = e + c zq_c: ||e'||^2 <= rho^2 + 2 q |zq_c| + |zq_c|^2 ||c||^2, and the other columns see zq_c
+        as far as c is not orthogonal to them, by no more than `wrong` (P,). Rows that know none of the columns
+        have nothing along them.
+        """
+        part = np.flatnonzero(self._knows[low : low + _BOUND_ROWS] >= self._lesson[columns].min()) + low
+        at = np.ix_(part, columns)
         for j in range(self._nu.shape[0]):
             q, rho = self._q[j, part].astype(np.float64), self._rho[j, part].astype(np.float64)
-            old = self._coords[j][part, columns] * _UNIT
+            old = self._coords[j][at] * _UNIT
             back = np.sqrt(np.einsum("nr,nr->n", old, old))
-            self._rho[j, part] = _up(np.sqrt(rho * rho + back * (2 * q + back)))
-            self._coords[j][part, columns] = 0
+            self._rho[j, part] = _up(np.sqrt(rho * rho + back * (2 * q + (1 + wrong[j]) * back)))
+            self._q[j, part] = _up(q + wrong[j] * back)
+            self._coords[j][at] = 0
 
     @staticmethod
     def _pieces(count: int) -> range:

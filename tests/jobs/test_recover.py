@@ -95,6 +95,15 @@ def test_the_selection_has_its_columns_and_its_texts(run: Path, tiny_corpus: str
         assert rows[name] == store.column(column)[rows["row"]].tolist()
 
 
+def test_every_pick_has_its_certificate(run: Path) -> None:
+    rows = pq.read_table(run / "stages" / "select.certificate.parquet").to_pydict()
+    selected = pq.read_table(run / "selection.parquet").to_pydict()
+    assert rows["row"] == selected["row"]
+    assert rows["score"] == selected["objective"]
+    assert all(bound < score for bound, score in zip(rows["bound"], rows["score"], strict=True))
+    assert {"compared", "rows_read", "bytes_read"} < rows.keys()
+
+
 def test_retrained_models_load_and_moved(run: Path, tiny_base: str) -> None:
     ids = torch.arange(10)[None]
     base = load_model(tiny_base, torch.float32)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -84,6 +85,10 @@ cases = st.fixed_dictionaries(
 )
 
 
+SMALL = {"_FEWEST": 2, "_DRIFT": 1, "_FOLLOW": 1, "_GROW_ROWS": 0}
+"""An index too small for its rows, which follows the running sum after every pick and grows often."""
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     cases,
@@ -92,13 +97,22 @@ cases = st.fixed_dictionaries(
     st.booleans(),
     st.sampled_from([[], [7], [3, 4, 30]]),
     st.sampled_from([1, 2, 8]),
+    st.sampled_from([{"_FEWEST": 32}, SMALL]),
     st.data(),
 )
-def test_every_pick_and_score_is_that_of_the_exact_greedy(case, kind, restart, balanced, bounds, ahead, data):
-    rows = hard_rows(**case)
+def test_every_pick_and_score_is_that_of_the_exact_greedy(
+    case, kind, restart, balanced, bounds, ahead, settings_of_index, data
+):
+    with mock.patch.multiple("engine.select.shard", **settings_of_index):
+        compare_with_exact_greedy(
+            hard_rows(**case), case["seed"], kind, restart, balanced, bounds, ahead, data
+        )
+
+
+def compare_with_exact_greedy(rows, seed, kind, restart, balanced, bounds, ahead, data):
     n = rows.n_rows
     eligible = rows.read(0, n).valid
-    label = np.random.default_rng(case["seed"]).integers(0, 3, n).astype(np.int32) if balanced else None
+    label = np.random.default_rng(seed).integers(0, 3, n).astype(np.int32) if balanced else None
     size = data.draw(st.one_of(st.just(int(eligible.sum())), st.integers(1, int(eligible.sum()))))
     spec = Select(size=size, rows=kind)
     make = shards_of([b for b in bounds if b < n], ahead)
@@ -114,7 +128,7 @@ def test_every_pick_and_score_is_that_of_the_exact_greedy(case, kind, restart, b
 @settings(max_examples=150, deadline=None)
 @given(cases, st.sampled_from(["raw", "unit"]), st.integers(1, 30), st.integers(0, 20))
 def test_no_bound_is_below_the_score_it_bounds(case, kind, size, added):
-    """Fresh, stale and replaced-column bounds alike, for any basis, also one that is not orthonormal."""
+    """Fresh, stale, learned and replaced columns' bounds alike, for any basis, also one that is not orthonormal."""
     rows = hard_rows(**case)
     n, d, p = rows.n_rows, rows.dim, rows.n_checkpoints
     rng = np.random.default_rng(case["seed"])
@@ -126,7 +140,7 @@ def test_no_bound_is_below_the_score_it_bounds(case, kind, size, added):
     index = SubspaceIndex(rows, 0, n, kind, u, capacity=basis.shape[1] + 2)
     index.extend(np.stack([basis] * p))
     sums = every[rng.permutation(n)[:added]].sum(axis=0)
-    for step in range(6):
+    for step in range(12):
         query = index.query(sums)
         exact = scores(sums, every, u)
         stale = index.stale(query)
@@ -135,9 +149,35 @@ def test_no_bound_is_below_the_score_it_bounds(case, kind, size, added):
         assert (index.fresh(query, some) >= exact[some]).all()
         if step % 2:
             assert (index.fresh(query) >= exact).all()
-        if step == 3 and index.size < d:
+        index.learn(some, every[some])
+        assert (index.fresh(query) >= exact).all()
+        if step in (3, 8) and index.size < d:
             index.extend(index.drift(sums, unit, 1 + (index.size + 1 < d)))
+        else:
+            index.follow(sums)
         sums = sums + every[rng.integers(n)]
+
+
+def test_an_index_at_its_capacity_still_follows_the_running_sum():
+    """Columns learned replace one another; rows that know them are bounded far better than by a fixed index."""
+    rng = np.random.default_rng(0)
+    n, d = 200, 64
+    rows = ArrayRows(rng.normal(size=(n, d)).astype(np.float32), rng.normal(size=d), block_rows=50)
+    u, every = unit_target(rows.target), vectors(rows.read(0, n), "raw")
+    index, fixed = (SubspaceIndex(rows, 0, n, "raw", u, capacity=8) for _ in range(2))
+    for one in (index, fixed):
+        one.extend(orthonormal(np.random.default_rng(1).normal(size=(d, 6)))[None])
+    sums, looseness = every[:3].sum(axis=0), []
+    for row in range(20):
+        index.follow(sums)
+        index.learn(np.arange(n), every)
+        exact, bound = scores(sums, every, u), index.fresh(index.query(sums))
+        assert (bound >= exact).all()
+        looseness.append([(bound - exact).mean(), (fixed.fresh(fixed.query(sums)) - exact).mean()])
+        sums = sums + every[row]
+    assert index.size == index.capacity
+    assert index.lessons > 10
+    assert np.divide(*np.mean(looseness, axis=0)) < 0.5
 
 
 def test_the_canonical_score_is_within_the_margin_of_the_true_one():
