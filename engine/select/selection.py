@@ -29,10 +29,10 @@ class Columns:
 class Certificate:
     """Why each pick is the argmax over all rows (certified strategies only); not part of the result's bytes.
 
-    Arrays over picks, (k,), those past the peak included: row: the winner; score: its exact score, in the sum it was picked for (greedy_batched:
-    of its batch); bound: the largest upper bound among candidates never compared exactly (-inf if none),
-    always below score; compared: candidates whose exact row was compared; rows_read, bytes_read: what came
-    from the store, cached rows excluded, whole chunks counted.
+    Arrays over picks, (k,), those past the peak included: row: the winner; score: its exact score, in the sum
+    it was picked for (greedy_batched: of its batch); bound: the largest upper bound among candidates never
+    compared exactly (-inf if none), always below score; compared: candidates whose exact row was compared;
+    rows_read, bytes_read: what came from the store, cached rows excluded, whole chunks counted.
     """
 
     row: Ints
