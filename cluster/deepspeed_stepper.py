@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import logging
 import math
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -175,16 +179,19 @@ def to_universal(source: str, target: str) -> None:
 
 
 def import_deepspeed() -> Any:
-    """deepspeed, without its shared-memory operation.
+    """deepspeed, without what costs time at every start and is not used here.
 
-    That operation serves inference on CPUs alone, yet the first `initialize` would compile it: 50 s, a C++
-    compiler, and a lock file that makes the next run wait for ever when the build is killed.
+    Its shared-memory operation serves inference on CPUs alone, yet the first `initialize` would compile it: 50 s, a
+    C++ compiler, and a lock file that makes the next run wait for ever when the build is killed. Its autotuner
+    imports MLflow, and its Muon asks torch.compile for three functions: together over two seconds of CPU time.
 
     Its checkpoints are read with `weights_only`, which it does not ask for: of the classes in them those below are
     known to be harmless, any other ends the training.
     """
-    import deepspeed
-
+    with _without("mlflow"):
+        import deepspeed
+    with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -194,6 +201,17 @@ def import_deepspeed() -> Any:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
     return deepspeed
+
+
+@contextlib.contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Imports find no such module, unless it is there already."""
+    hidden = sys.modules.setdefault(module, None) is None  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[module]
 
 
 def _partition_on_load(config: dict[str, Any]) -> object:

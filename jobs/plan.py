@@ -14,7 +14,7 @@ import transformers
 
 import cluster.calibrate
 import cluster.extract
-from cluster.deepspeed_config import deepspeed_config
+from cluster.deepspeed_config import deepspeed_config, fit_buckets
 from cluster.session import session
 from engine.calibrate import Calibration
 from engine.errors import UserError
@@ -22,7 +22,6 @@ from engine.estimate import Estimate, Machine, ModelSize, estimate, human
 from engine.models import load_config, torch_dtype
 from engine.recipe import passes_per_step
 from engine.recipe import prepare as prepare_training
-from engine.spec import RunSpec
 from engine.storage import reason
 from engine.store import StoreShape
 from jobs.extract import Prepared, prepare
@@ -51,7 +50,7 @@ def main(arguments: list[str]) -> int:
         except OSError as error:
             raise UserError(f"cannot write {own['json']}: {reason(error)}.") from None
     print(table(result))
-    print(f"\nDeepSpeed configuration\n  {deepspeed_text(spec)}")
+    print(f"\nDeepSpeed configuration\n  {deepspeed_text(job)}")
     for warning in result.warnings:
         print(f"warning: {warning}")
     return 0
@@ -213,14 +212,15 @@ def table(result: Estimate) -> str:
     return "\n".join(out)
 
 
-def deepspeed_text(spec: RunSpec) -> str:
-    """The DeepSpeed configuration that the spec means, as JSON."""
-    retrain = spec.retrain
+def deepspeed_text(job: Job) -> str:
+    """The DeepSpeed configuration that the spec means for this model, as JSON."""
+    retrain = job.spec.retrain
     if not retrain.needs_deepspeed:
         return "none: one worker trains with plain torch"
-    passes = passes_per_step(spec.select.size, retrain, retrain.workers)
-    dtype = str(torch_dtype(retrain.dtype)).removeprefix("torch.")
-    return json.dumps(deepspeed_config(retrain, passes, dtype))
+    passes = passes_per_step(job.spec.select.size, retrain, retrain.workers)
+    config = deepspeed_config(retrain, passes, str(torch_dtype(retrain.dtype)).removeprefix("torch."))
+    fit_buckets(config, model_size(job).trained)
+    return json.dumps(config)
 
 
 def _sizes(sizes: dict[str, int]) -> list[tuple[str, str]]:

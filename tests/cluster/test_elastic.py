@@ -28,6 +28,7 @@ WORKER = """
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=sys.argv[1])
     rank, world, port, stop, jobs = *map(int, sys.argv[1:5]), sys.argv[5]
     import pickle
+    import pyarrow.parquet as pq
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     from pathlib import Path
@@ -40,7 +41,7 @@ WORKER = """
     from engine.recipe import passes_per_step
     for job in pickle.loads(Path(jobs).read_bytes()):
         encoder = Encoder(load_tokenizer(job.base), job.task, job.scope)
-        examples = load_examples(train_worker._read(job.selection), encoder)
+        examples = load_examples(pq.read_table(job.selection), encoder)
         checkpoints = Checkpoints(job.checkpoints, 1, local_rank=rank)
         record = checkpoints.last()
         passes = passes_per_step(len(examples), job.retrain, world)

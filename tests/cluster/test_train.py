@@ -117,6 +117,8 @@ def test_two_workers_follow_the_plain_loop_at_every_zero_stage(
             workers=2, zero_stage=3, micro_batch_size=3, activation_checkpointing=True, **plain_sgd
         ),
         "offload": recipe(workers=2, zero_stage=3, offload_optimizer=True, offload_parameters=True),
+        "offload1": recipe(workers=2, zero_stage=1, offload_optimizer=True),
+        "offload2": recipe(workers=2, zero_stage=2, offload_optimizer=True, weight_decay=0.1),
         "best": recipe(workers=2, zero_stage=3, epochs=5, early_stopping=True, checkpoint_steps=0),
         "bfloat16": recipe(workers=2, zero_stage=2, dtype="auto", learning_rate=1e-3),
         "lora2": recipe(workers=2, zero_stage=2, lora=lora),
@@ -135,7 +137,8 @@ def test_two_workers_follow_the_plain_loop_at_every_zero_stage(
         last = [event for event in events if event["job"] == one.name][-1]
         assert last["step"] == last["steps"] == result["steps"]
         assert last["documents"] == DOCUMENTS * one.retrain.epochs
-    assert results[5]["best"] < len(results[5]["validation"]) - 1, "with wrong labels more epochs are worse"
+    best = results[list(cases).index("best")]
+    assert best["best"] < len(best["validation"]) - 1, "with wrong labels more epochs are worse"
     base, frozen = tensors(tiny_base), tensors(jobs[2].target)
     lower = [name for name in base if ".layers.0." in name]
     assert lower
@@ -368,3 +371,20 @@ def test_buckets_of_gradients_fit_the_model_unless_the_user_says_otherwise() -> 
     config = deepspeed_config(recipe(zero_stage=3, deepspeed=theirs), (1, 8), "bfloat16")
     fit_buckets(config, 160)
     assert config["zero_optimization"]["reduce_bucket_size"] == 1000
+
+
+@pytest.mark.slow
+def test_deepspeed_comes_without_mlflow_and_a_compiler_and_leaves_both_to_others() -> None:
+    script = """
+        import os, sys
+        import torch
+        from cluster.deepspeed_stepper import import_deepspeed
+        import_deepspeed()
+        assert "mlflow" not in sys.modules and "TORCHDYNAMO_DISABLE" not in os.environ
+        from deepspeed.runtime.zero.muon import original_muon
+        assert not hasattr(original_muon.muon_update, "_torchdynamo_orig_callable")
+        assert hasattr(torch.compile(lambda x: x), "_torchdynamo_orig_callable")
+        import mlflow
+    """
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=env, timeout=200, check=True)

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from cluster.deepspeed_config import BUCKET_SHARE
 from engine.corpus import load_plan
 from engine.rundir import PLAN, RunDir
 from jobs.__main__ import main
@@ -48,7 +50,7 @@ def test_a_plan_measures_every_stage_and_starts_none(
 
 
 def test_suppositions_need_no_measurement(
-    config: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
+    config: Path, tiny_base: str, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     supposed = ["--documents", "100000000", "--workers", "64", "--docs-per-second", "500"]
     supposed += ["--retrain.workers", "2", "--retrain.zero_stage", "3"]
@@ -61,6 +63,9 @@ def test_suppositions_need_no_measurement(
     shown = json.loads(line)
     assert shown["zero_optimization"]["stage"] == 3
     assert (shown["train_micro_batch_size_per_gpu"], shown["gradient_accumulation_steps"]) == (4, 1)
+    weights = load_file(f"{tiny_base}/model.safetensors").values()
+    trained = sum(weight.numel() for weight in weights)
+    assert shown["zero_optimization"]["reduce_bucket_size"] == -(-trained // BUCKET_SHARE)
 
 
 @pytest.mark.parametrize(
