@@ -195,7 +195,7 @@ def test_json_holds_what_the_page_shows(tmp_path: Path) -> None:
     run = RunDir(str(tmp_path))
     known = json.loads(render_json(run, run_spec(), judged(), selected(HOSTILE), SUMMARY))
     assert known["metrics"] == judged()
-    assert known["sentence"].startswith("Out of 6,000 documents, greedy chose 11")
+    assert known["sentence"].startswith(f"Out of 6,000 documents, greedy chose {len(HOSTILE)} ")
     assert known["objective"]["peak"] == {"size": 7, "value": 0.4987}
     assert [row["corpus"] for row in known["labels"]] == [3000, 1500, 500, 1000]
     assert sum(known["confidence"]["selected"]) == len(HOSTILE)
@@ -208,13 +208,13 @@ def test_markdown_has_the_same_numbers_and_no_markup_of_the_corpus(tmp_path: Pat
     run = RunDir(str(tmp_path))
     text = render_markdown(run, run_spec(), judged(), selected(texts), SUMMARY)
     assert "| greedy | 83.2 ± 0.6% | 66.6 ± 0.3% | 2 |" in text
-    assert "Out of 6,000 documents, greedy chose 14" in text
+    assert f"Out of 6,000 documents, greedy chose {len(texts)} " in text
     assert not re.search(
         r"(?<!\\)[<`]|(?<!\\)\[|://", text.replace(f"    unbake recover --config {tmp_path}", "")
     )
-    listed = text[text.index("## The first 14") :]
-    assert "\n12. \\# a \\| heading *" in listed
-    assert "\n14. 1\\. one *" in listed
+    listed = text[text.index(f"## The first {len(texts)} ") :]
+    assert f"\n{len(HOSTILE) + 1}. \\# a \\| heading *" in listed
+    assert f"\n{len(texts)}. 1\\. one *" in listed
     assert listed.count("\n1. ") == 1
 
 
@@ -299,7 +299,7 @@ def test_numbers_in_the_page_are_those_of_metrics_json(tmp_path: Path) -> None:
     ):
         assert shown in html
     chosen = re.search(r'<p class="lead">(.*?)</p>', html)[1]
-    assert "Out of 6,000 documents, greedy chose 11" in chosen
+    assert f"Out of 6,000 documents, greedy chose {len(HOSTILE)} " in chosen
     assert "83.2 ± 0.6% accuracy (random documents 75.3%, fine-tuned 87.2%), 67% of the gap" in chosen
 
 
@@ -321,7 +321,7 @@ def test_the_summary_of_the_stages_is_shown(tmp_path: Path) -> None:
     assert html.count("<figure>") == 5
     data = data_of(html)
     assert len(data["rows"]) == len(HOSTILE)
-    assert data["rows"][1][2:4] == [0, round(2 / 12, 4)]
+    assert data["rows"][1][2:4] == [0, round(2 / (len(HOSTILE) + 1), 4)]
 
 
 def test_hostile_documents_stay_text(tmp_path: Path) -> None:
@@ -367,10 +367,15 @@ def test_nothing_but_the_page_itself_may_run_or_load(tmp_path: Path) -> None:
     ]
     assert links
     assert all(link.startswith("#") or link == "data:," for link in links)
-    assert set(re.findall(r"url\((.)", html)) <= {"#"}
+    acting = " ".join(
+        [v or "" for _, a in got.tags for v in a.values()] + re.findall(r"<style>.*?</style>", html, re.S)
+    )
+    assert set(re.findall(r"url\((.)", acting)) == {"#"}  # in the text of a document it does nothing
     ids = [a["id"] for _, a in got.tags if "id" in a]
     assert len(ids) == len(set(ids))
-    wanted = {link[1:] for link in links if link.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", html))
+    wanted = {link[1:] for link in links if link.startswith("#")} | set(
+        re.findall(r"url\(#([^)]+)\)", acting)
+    )
     assert wanted <= set(ids)
 
 
