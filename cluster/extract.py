@@ -25,6 +25,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.util.annotations import RayDeprecationWarning
 
+from cluster.metrics import Extraction
 from cluster.session import gpus_per_worker
 from engine import memory
 from engine.checkpoints import Endpoints
@@ -118,10 +119,12 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
                 **replaced,
             )
         )
+    metrics = Extraction(job.run_uri, job.plan.n_partitions, len(todo))
     for row in _rows(stream, attempts, settings.max_attempts):
         receipt = json.loads(row["receipt"])
         if "error" in receipt:
             raise UserError(receipt["error"])
+        metrics.written(receipt)
         on_receipt(receipt)
 
 

@@ -133,7 +133,12 @@ def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]
 
             selection = select_in_rounds(job, store, rows, columns, settings, stage, progress)
         else:
-            selection = choose(rows, columns, settings, progress.update, journal=journal, shards=shards)
+            from cluster.metrics import Picks  # which loads Ray
+
+            selection = choose(
+                rows, columns, settings, progress.update,
+                journal=journal, shards=shards, on_pick=Picks(job.run.uri),
+            )  # fmt: skip
         job.run.write_table(name, _table(job, store, selection))
         if selection.certificate is not None:
             job.run.write_table(CERTIFICATE.format(stage), _certificate(selection.certificate))

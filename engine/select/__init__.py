@@ -14,7 +14,7 @@ from engine.extend import load
 from engine.rows import Rows
 from engine.select.baselines import alignment, at_random, by_score
 from engine.select.external import open_features
-from engine.select.greedy import Greedy, LocalShards, Shards, verify
+from engine.select.greedy import Greedy, LocalShards, Pick, Shards, verify
 from engine.select.journal import Journal, digest
 from engine.select.objective import Bools, Floats, Ints, unit_target
 from engine.select.selection import Certificate, Columns, RandomPath, Selection, random_path, walk
@@ -49,6 +49,7 @@ def select(
     *,
     journal: Folder | None = None,
     shards: ShardFactory | None = None,
+    on_pick: Callable[[Pick], None] | None = None,
 ) -> Selection:
     """Choose `spec.size` rows by `spec.strategy`.
 
@@ -59,6 +60,7 @@ def select(
         journal: folder that keeps the picks of greedy strategies while they are made; a selection that was
             killed goes on from it, to the same bytes.
         shards: makes the index shards of greedy strategies; default: one in this process.
+        on_pick: called with each pick of a greedy strategy, but not with those of the journal.
 
     Raises:
         UserError: fewer eligible rows than `spec.size`, a column that the strategy needs is absent, the
@@ -73,7 +75,7 @@ def select(
         book = None if journal is None else Journal(journal, _inputs(rows, spec, eligible, label))
         greedy = Greedy(rows, eligible, spec.size, spec.rows, restart, label)
         order, certificate = greedy.run(
-            lambda: (shards or local_shards)(rows, spec, eligible, label), book, progress
+            lambda: (shards or local_shards)(rows, spec, eligible, label), book, progress, on_pick
         )
         checked = verify(rows, eligible, spec.rows, restart, label, order, spec.verify, spec.seed)
     else:

@@ -92,8 +92,12 @@ class Greedy:
         make_shards: Callable[[], Shards],
         journal: Journal | None = None,
         progress: Callable[[int, int], None] | None = None,
+        on_pick: Callable[[Pick], None] | None = None,
     ) -> tuple[Ints, Certificate]:
         """All picks, those of the journal first; shards are made only if a pick is missing.
+
+        Args:
+            on_pick: called with each new pick.
 
         Returns:
             rows (size,) in pick order and their certificate.
@@ -105,6 +109,8 @@ class Greedy:
             for pick in self._round(shards):
                 if journal is not None:
                     journal.append(asdict(pick))
+                if on_pick is not None:
+                    on_pick(pick)
                 if progress is not None:
                     progress(len(self.picks), self.size)
         if journal is not None:
