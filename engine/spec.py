@@ -326,6 +326,11 @@ class Retrain(Placement):
     freeze_below: int = Field(
         0, ge=0, description="train only the blocks from this one up, the norm and the head"
     )
+    cache_frozen: bool = Field(
+        False,
+        description="with freeze_below: compute once what the frozen blocks give for the documents, and keep it in "
+        "memory; needs untied embeddings",
+    )
     freeze_head: bool = Field(False, description="leave the output embedding as it is (and a tied input one)")
     freeze_body: bool = Field(False, description="train the output embedding alone, the paper's ablation")
     lora: Lora = Lora()
@@ -352,7 +357,7 @@ class Retrain(Placement):
     eval_steps: int | None = Field(
         None, ge=1, description="judge on the validation documents every so many steps; default: every epoch"
     )
-    loggers: list[Literal["tensorboard", "mlflow"]] = Field(
+    loggers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
         default_factory=list, description="further logs beside logs/<training>.jsonl (extras of these names)"
     )
     workers: int = Field(1, ge=1, description="workers of one training; with workers_max, the fewest")
@@ -415,11 +420,28 @@ class Retrain(Placement):
             )
         if self.elastic and self.zero_stage == 0:
             raise ValueError("workers_max needs zero_stage 1, 2 or 3")
+        if self.cache_frozen:
+            self._cacheable()
         if self.lora.rank and (self.freeze_head or self.freeze_body):
             raise ValueError("lora freezes all but its adapters: remove freeze_head and freeze_body")
         if self.lora.rank and self.lora.dropout and not self.dropout:
             raise ValueError("lora.dropout needs retrain.dropout, which switches every dropout on")
         return self
+
+    def _cacheable(self) -> None:
+        """Refuse cache_frozen where there is nothing constant to keep, or no one process to keep it in."""
+        if not self.freeze_below:
+            raise ValueError("cache_frozen needs freeze_below: without frozen blocks there is nothing to keep")
+        clashes = {
+            "packing": self.packing,
+            "dropout": self.dropout,
+            "lora": bool(self.lora.rank),
+            "freeze_body": self.freeze_body,
+            "workers, offloading, float16 or deepspeed": self.needs_deepspeed,
+        }
+        found = [name for name, clash in clashes.items() if clash]
+        if found:
+            raise ValueError(f"cache_frozen is for one plain worker: it does not go with {found[0]}")
 
     @property
     def judges(self) -> bool:

@@ -1,4 +1,4 @@
-"""A training's log: a JSON line a step always; TensorBoard and MLflow, by their own writers, where asked for.
+"""A training's log: a JSON line a step always; TensorBoard, MLflow and W&B, by their own writers, where asked for.
 
 A line of a step has step, epoch, loss (of the step's documents), learning_rate, grad_norm (before clipping),
 documents_per_second, tokens_per_second and seconds; one of a judgement step, epoch, validation_loss and
@@ -22,6 +22,9 @@ from engine.storage import Folder
 TRACKING = "MLFLOW_TRACKING_URI"
 """MLflow's own variable for where it writes to."""
 
+MODE, DIRECTORY = "WANDB_MODE", "WANDB_DIR"
+"""W&B's own variables for whether it sends anything (here it does not, unless told to) and where it writes to."""
+
 REWRITE_SECONDS = 30.0
 """An object store cannot append: there the file is written anew, at most so often."""
 
@@ -29,7 +32,10 @@ REWRITE_SECONDS = 30.0
 def check_loggers(folder: str, loggers: list[str]) -> None:
     """UserError for a logger whose package is not installed, or that cannot write below `folder`."""
     for name in loggers:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if (
+            found is None or found.origin is None
+        ):  # without an origin: a folder that is called so, as W&B makes them
             raise UserError(f"retrain.loggers has {name}: {install(name)}, or remove it.")
     place = Folder(folder)
     if "tensorboard" in loggers and not place.local:
@@ -38,6 +44,8 @@ def check_loggers(folder: str, loggers: list[str]) -> None:
         )
     if "mlflow" in loggers and not place.local and TRACKING not in os.environ:
         raise UserError(f"retrain.loggers: set {TRACKING} to log to MLflow from a run in {place.uri}.")
+    if "wandb" in loggers and not place.local and DIRECTORY not in os.environ:
+        raise UserError(f"retrain.loggers: set {DIRECTORY} to a local folder to log to W&B from {place.uri}.")
 
 
 class Logger(Protocol):
@@ -58,19 +66,23 @@ class TrainLog:
 
     Args:
         folder: path or URI; TensorBoard writes to `tensorboard/<name>` in it, MLflow to `mlruns` unless
-            MLFLOW_TRACKING_URI says otherwise.
+            MLFLOW_TRACKING_URI says otherwise, W&B to `wandb` unless WANDB_DIR does.
         name: of the training.
-        loggers: tensorboard, mlflow.
-        parameters: of the training, for MLflow.
+        loggers: tensorboard, mlflow, wandb.
+        parameters: of the training, for MLflow and W&B.
 
     Raises:
-        UserError: as `check_loggers`, or MLflow refuses.
+        UserError: as `check_loggers`, or MLflow or W&B refuses.
     """
 
     def __init__(self, folder: str, name: str, loggers: list[str], parameters: dict[str, Any]) -> None:
         check_loggers(folder, loggers)
         self._lines = _Lines(Folder(folder), f"{name.replace('/', '-')}.jsonl")
-        makers: dict[str, Callable[..., Logger]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
+        makers: dict[str, Callable[..., Logger]] = {
+            "tensorboard": TensorBoard,
+            "mlflow": MLflow,
+            "wandb": WandB,
+        }
         self._loggers: list[Logger] = [makers[kind](folder, name, parameters) for kind in loggers]
 
     def add(self, lines: list[dict[str, Any]]) -> None:
@@ -211,3 +223,37 @@ class MLflow:
     def close(self) -> None:
         """See `Logger`."""
         self._client.set_terminated(self._run)
+
+
+class WandB:
+    """A run of the project `unbake` by W&B's own client, offline unless WANDB_MODE says otherwise."""
+
+    def __init__(self, folder: str, name: str, parameters: dict[str, Any]) -> None:
+        import wandb
+
+        settings = {"console": "off", "silent": True, "x_disable_stats": True}
+        settings |= {"disable_git": True, "disable_code": True, "disable_job_creation": True}
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "unbake"),
+                name=name,
+                config=parameters,
+                dir=os.environ.get(DIRECTORY) or Folder(folder).path(""),
+                mode=os.environ.get(MODE, "offline"),  # type: ignore[arg-type]
+                reinit="create_new",  # several trainings are logged at once
+                settings=wandb.Settings(**settings),
+            )
+        except (wandb.Error, OSError) as error:
+            raise UserError(f"retrain.loggers: W&B refuses: {first_line(error)}.") from None
+        self._run.define_metric("*", step_metric="step")
+
+    def add(self, step: int, numbers: dict[str, float]) -> None:
+        """See `Logger`."""
+        self._run.log({"step": step, **numbers})
+
+    def restart(self, step: int) -> None:
+        """See `Logger`. W&B keeps both values of a step, in their order."""
+
+    def close(self) -> None:
+        """See `Logger`."""
+        self._run.finish()

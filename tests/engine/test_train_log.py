@@ -1,12 +1,17 @@
-"""The training log: a line a step, each once; TensorBoard and MLflow read what was written."""
+"""The training log: a line a step, each once; TensorBoard, MLflow and W&B read what was written."""
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
 import math
 import os
+import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -157,10 +162,85 @@ def test_mlflow_reads_what_was_logged(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [(entry.step, entry.value) for entry in history] == [(1, 1.0), (2, 0.5)]
 
 
+def wandb_records(path: Path) -> Iterator[Any]:
+    """W&B's records in a file of an offline run: a header, then framed protobuf messages in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        piece = data[at + 7 : at + 7 + size]
+        whole = (
+            piece if kind in (1, 2) else whole + piece
+        )  # 1: a whole message, 2 to 4: its first to last piece
+        at += 7 + size
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+
+
+def test_wandb_holds_what_was_logged_and_nothing_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # whatever is sent fails
+    logs = [
+        TrainLog(str(tmp_path / "logs"), name, ["wandb"], {"epochs": 4}) for name in ("greedy-0", "topk-0")
+    ]
+    for log in logs:
+        log.add([line(step, 1.0 / step) for step in (1, 2)])
+    for log in logs:
+        log.add([line(2, 0.75), judged(2)])  # workers were lost: the second step came again
+        log.close()
+    found = {}
+    for file in (tmp_path / "logs/wandb").glob("offline-run-*/run-*.wandb"):
+        records, deadline = list(wandb_records(file)), time.monotonic() + 60
+        while not (
+            records and records[-1].HasField("exit")
+        ):  # its process writes a moment longer than it says
+            assert time.monotonic() < deadline, [record.WhichOneof("record_type") for record in records]
+            time.sleep(0.1)
+            records = list(wandb_records(file))
+        run = next(record.run for record in records if record.HasField("run"))
+        assert run.project == "unbake"
+        assert {entry.key: entry.value_json for entry in run.config.update}["epochs"] == "4"
+        found[run.display_name] = [
+            {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            for record in records
+            if record.HasField("history")
+        ]
+    assert found.keys() == {"greedy-0", "topk-0"}
+    for history in found.values():
+        losses = [(row["step"], row["loss"]) for row in history if "loss" in row]
+        assert losses == [(1, 1.0), (2, 0.5), (2, 0.75)]
+        assert [row["validation_accuracy"] for row in history if "validation_accuracy" in row] == [0.75]
+
+
+def test_a_folder_that_is_called_like_a_logger_is_not_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(  # where the package itself is missing
+        importlib.util,
+        "find_spec",
+        lambda name: importlib.machinery.PathFinder.find_spec(name, [str(tmp_path)]),
+    )
+    with pytest.raises(UserError, match=r"pip install 'unbake\[wandb\]'"):
+        TrainLog(str(tmp_path), "x", ["wandb"], {})
+
+
 def test_loggers_that_cannot_be_had_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
     find = importlib.util.find_spec
-    for name in ("tensorboard", "mlflow"):
+    for name in ("tensorboard", "mlflow", "wandb"):
         with monkeypatch.context() as gone:
             gone.setattr(
                 importlib.util, "find_spec", lambda asked, name=name: None if asked == name else find(asked)
@@ -169,6 +249,11 @@ def test_loggers_that_cannot_be_had_are_one_sentence(tmp_path: Path, monkeypatch
                 TrainLog(str(tmp_path), "x", [name], {})
     pytest.importorskip("mlflow")
     pytest.importorskip("tensorboard")
-    for name, message in [("mlflow", "set MLFLOW_TRACKING_URI"), ("tensorboard", "need a local run_dir")]:
+    pytest.importorskip("wandb")
+    for name, message in [
+        ("mlflow", "set MLFLOW_TRACKING_URI"),
+        ("tensorboard", "need a local run_dir"),
+        ("wandb", "set WANDB_DIR"),
+    ]:
         with pytest.raises(UserError, match=message):
             TrainLog("memory://logs", "x", [name], {})

@@ -114,7 +114,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["--retrain.early_stopping", "true", "--evaluate.test", "[]"], ["early_stopping needs evaluate.test"],
     ),
     "judging by nothing": (["--retrain.eval_steps", "5", "--evaluate.test", "[]"], ["eval_steps needs evaluate.test"]),
-    "unknown logger": (["--retrain.loggers", "[wandb]"], ["retrain.loggers.0", "'wandb'"]),
+    "unknown logger": (["--retrain.loggers", "[weights]"], ["retrain.loggers.0", "'weights'"]),
     "chats to classify": (["--corpus.messages", "text"], ["corpus.messages", "language_modelling"]),
     "chats without a template": (
         [
