@@ -1,15 +1,17 @@
 """Extraction against the forward pass it cannot do without: ``python benchmarks/extract.py [--quick]``.
 
-    python benchmarks/extract.py [--quick] [--documents N] [--tokens N] [--only NAME ...] [--json OUT]
+    python benchmarks/extract.py [--quick] [--documents N] [--tokens N] [--only NAME ...] [--pipelines] [--json OUT]
 
-On real text, documents a second of
+All cases take hours on two cores; with --only each case named takes all N documents. On real text, documents
+a second of
 
     bare      the model's forward pass over the same batches, sorted and padded alike, made up beforehand: the
               body, and lm_head on each document's last state (last_token, classification) or on every state
               (all_tokens; the Hugging Face model called as it is). Inference mode, no attention mask. For P
               checkpoints, P such passes.
     engine    `GradientEngine.run` in this process: batches, labels, gradients, projection, unit-norm rows.
-    pipeline  `unbake extract` on a local Ray: Parquet in, committed Zarr shards out; start-up apart.
+    pipeline  `unbake extract` on a local Ray: Parquet in, committed Zarr shards out; start-up apart. Before it,
+              `unbake plan` says what it expects (in the main case).
     vmap      the body, and each document's whole lm_head gradient by torch.func, not projected.
     authors   vmap, and a dense projection to 4096, measured at a few dimensions and SCALED by its own law.
 
@@ -54,6 +56,7 @@ from engine.target import choose_target
 from jobs.demo import gguf
 from jobs.extract import extract
 from jobs.job import Job
+from jobs.plan import plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -86,7 +89,10 @@ CASES = [
     Case("smol", "all_tokens", "tensorsketch"),
     Case("smol", "classification", "exact", 2, 0.5),
     Case("smol", "last_token", "tensorsketch", 2, 0.5),
+    Case("smol", "all_tokens", "tensorsketch", 2),
     Case("smol", "classification", "exact", 4, 0.5),
+    Case("smol", "last_token", "tensorsketch", 4, 0.5),
+    Case("smol", "all_tokens", "tensorsketch", 4),
     Case("tiny", "classification", "exact"),
     Case("tiny", "last_token", "tensorsketch"),
     Case("tiny", "all_tokens", "tensorsketch"),
@@ -178,7 +184,7 @@ def body(model: Any, batch: LossBatch) -> torch.Tensor:
     return states.flatten(0, 1)[batch.index]
 
 
-def plan(documents: Ragged, tokens: int) -> list[LossBatch]:
+def batches_of(documents: Ragged, tokens: int) -> list[LossBatch]:
     """The engine's batches of documents that all carry loss."""
     return [loss_batch(documents, group) for group in length_batches(documents.lengths, tokens)]
 
@@ -241,7 +247,7 @@ class Contest:
         size = spec.corpus.partition_rows
         starts = range(0, len(documents), size)
         self.parts = [encoded.take(np.arange(i, min(len(documents), i + size))) for i in starts]
-        self.batches = [plan(part, self.engine.tokens_per_batch) for part in self.parts]
+        self.batches = [batches_of(part, self.engine.tokens_per_batch) for part in self.parts]
         self.bare = Bare(self.engine, case.task, case.checkpoints)
         self.clock, self.inside = Clock(), watched(self.engine)
         self.bare(self.batches[0][:1])
@@ -290,11 +296,20 @@ class Contest:
 
 
 def pipeline(case: Case, folder: Path, documents: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """`unbake extract` from Parquet to committed shards: its rate in all, and from the first committed shard on."""
+    """`unbake extract` from Parquet to committed shards: its rate in all, and from the first committed shard on.
+
+    In the main case `seconds_expected` is what `unbake plan` says beforehand.
+    """
     place = Path(tempfile.mkdtemp(dir=folder))
     try:
         pq.write_table(pa.table({"text": documents}), place / "corpus.parquet")
         spec = make_spec(case, folder, str(place / "run"), str(place / "corpus.parquet"), options)
+        expected = 0.0
+        if case is MAIN:
+            (stage,) = (
+                s for s in plan(Job(spec, quiet=True), options.calibration).stages if s.name == "extract"
+            )
+            expected = 3600 * (stage.hours or 0.0)
         started = time.time()
         result = extract(Job(spec, quiet=True))
         total = time.time() - started
@@ -308,6 +323,7 @@ def pipeline(case: Case, folder: Path, documents: list[str], options: argparse.N
         "documents": len(documents),
         "partitions": len(commits),
         "seconds": total,
+        "seconds_expected": expected,
         "seconds_to_first_shard": first,
         "seconds_after_last_shard": total - last,
         "documents_per_s_in_all": len(documents) / total,
@@ -383,14 +399,14 @@ def keep_one(contest: Contest, documents: int = 64) -> float:
 
 def measure(case: Case, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Every contestant of one case, printed as it comes."""
-    n = max(options.partition, int(options.documents * case.share) // options.partition * options.partition)
+    n = options.documents if options.only else max(options.partition, int(options.documents * case.share))
     documents = texts(n)
     spec = make_spec(case, folder, "unused", "unused", options)
     contest = Contest(case, spec, documents)
     half, parts = len(contest.parts) // 2, list(range(len(contest.parts)))
     contest.turns(parts[:half])
     found: dict[str, Any] = {}
-    if case is MAIN or (options.pipelines and case.checkpoints == 1):
+    if case is MAIN or options.pipelines:
         found["pipeline"] = pipeline(case, folder, documents, options)
     contest.turns(parts[half:])
     found |= contest.result()
@@ -423,6 +439,12 @@ def show(case: Case, found: dict[str, Any]) -> None:
             f"{ran['seconds_to_first_shard']:.1f} s to the first shard, {ran['documents_per_s_in_all']:.1f}/s in all",
             flush=True,
         )
+        if ran["seconds_expected"]:
+            found["expected_over_found"] = ran["seconds_expected"] / ran["seconds"]
+            print(
+                f"    `unbake plan` expected {ran['seconds_expected']:.0f} s of extraction, it took "
+                f"{ran['seconds']:.0f} s: expected/found {found['expected_over_found']:.2f}"
+            )
 
 
 def show_others(found: dict[str, Any]) -> None:
@@ -441,12 +463,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="under three minutes: few documents, four cases")
-    parser.add_argument("--documents", type=int, help="of the main case (default 4096, quick 512)")
+    parser.add_argument("--documents", type=int, help="of the main case (default 20000, quick 512)")
     parser.add_argument("--tokens", type=int, default=24, help="tokens of text kept (default 24)")
-    parser.add_argument("--partition", type=int, help="documents in a partition (default 1024, quick 256)")
+    parser.add_argument("--partition", type=int, help="documents in a partition (default 4096, quick 256)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="*", help="cases whose name contains one of these")
-    parser.add_argument("--pipelines", action="store_true", help="the pipeline for every case of P = 1")
+    parser.add_argument("--pipelines", action="store_true", help="the pipeline in every case")
+    parser.add_argument("--calibration", type=float, help="seconds of `unbake plan` (default 30, quick 10)")
     parser.add_argument(
         "--folder", type=Path, default=REPOSITORY / "runs/bench-extract", help="models, made once"
     )
@@ -457,8 +480,9 @@ def main() -> None:
             f"this benchmark reads real text from {SHARED}, which this machine does not have: nothing was run."
         )
         return
-    options.documents = options.documents or (512 if options.quick else 4096)
-    options.partition = options.partition or (256 if options.quick else 1024)
+    options.documents = options.documents or (512 if options.quick else 20_000)
+    options.partition = options.partition or (256 if options.quick else 4096)
+    options.calibration = options.calibration or (10.0 if options.quick else 30.0)
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
     print(
