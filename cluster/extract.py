@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import random
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.util.annotations import RayDeprecationWarning
 
 from cluster.metrics import Extraction
+from cluster.resources import options
 from cluster.session import gpus_per_worker
 from engine import memory
 from engine.checkpoints import Endpoints
@@ -116,6 +118,7 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
                 num_cpus=cpus,
                 num_gpus=gpus or None,
                 runtime_env={"env_vars": {} if gpus else memory.ENVIRONMENT},
+                **options(settings),
                 **replaced,
             )
         )
@@ -138,6 +141,17 @@ def actor_resources(settings: Extract, threads: int) -> tuple[float, float]:
 def device_of(gpus: float) -> str:
     """Where an actor with so many GPUs puts its model; on more than one it is spread over them."""
     return "auto" if gpus > 1 else "cuda" if gpus else "cpu"
+
+
+def require_cuda(device: str) -> None:
+    """Refuse to go on where Ray has given a GPU to a worker whose torch sees none; UserError."""
+    import torch
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"Ray has given a worker on {socket.gethostname()} a GPU and torch sees none there: install torch for "
+            "its CUDA on the nodes, or set extract.gpus_per_worker to 0."
+        )
 
 
 def actors(job: ExtractJob) -> int:
@@ -294,6 +308,7 @@ class WritePartition:
         """Model and store, loaded at first use for the reason given in `EncodePartition.encoder`."""
         if self._ready is None:
             job = self.job
+            require_cuda(self.device)
             endpoints = Endpoints(job.base, job.finetuned, job.spec.models.trust_remote_code)
             engine = GradientEngine(endpoints, encoder_of(job), job.target, job.spec, self.device)
             self._ready = engine, GradientStore.open(RunDir(job.run_uri), writable=True)

@@ -2,7 +2,8 @@
 
 Ray leaves a request that no node can ever meet pending for ever. Here it is compared with the nodes that are there
 and, where an autoscaler runs, with the node types it could start, and refused in one sentence. Where nobody says
-what could be started nothing is refused: a wait is better than a wrong refusal.
+what could be started nothing is refused: a wait is better than a wrong refusal. Extraction's pool grows with the
+cluster, so that it is refused only where not one of its workers finds a place.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ STATUS = "__autoscaling_status"
 
 FIRST_REPORT = 8.0
 """Seconds until a head that has just started has an autoscaler's first report: a round of it takes five."""
+
+REPLACED = 60.0
+"""Seconds in which another node may join in place of one that was lost, before a stage is refused."""
 
 MANY = 1 << 20
 
@@ -60,7 +64,7 @@ class Need:
     """`count` workers of a stage at once, each with these resources on one node with these labels.
 
     fields: of the spec, to be named where the need cannot be met. beside: CPUs that have to be left for work
-    without which the stage cannot begin.
+    without which the stage cannot begin. grows: it begins with as many as there is room for, if only one.
     """
 
     stage: str
@@ -69,6 +73,7 @@ class Need:
     labels: dict[str, str]
     fields: str
     beside: float = 0.0
+    grows: bool = False
 
 
 def options(settings: Placement) -> dict[str, Any]:
@@ -83,15 +88,13 @@ def options(settings: Placement) -> dict[str, Any]:
     return found
 
 
-def need(
-    stage: str, count: int, cpus: float, gpus: float, settings: Placement, fields: str, beside: float = 0.0
-) -> Need:
+def need(stage: str, count: int, cpus: float, gpus: float, settings: Placement, fields: str) -> Need:
     """A need with what the section asks of a node."""
     resources = {"CPU": cpus, "GPU": gpus, "memory": float((settings.memory_mb or 0) << 20)}
     if settings.accelerator_type is not None:
         resources[f"accelerator_type:{settings.accelerator_type}"] = 0.001
     resources = {name: amount for name, amount in resources.items() if amount}
-    return Need(stage, count, resources, dict(settings.node_labels), fields, beside)
+    return Need(stage, count, resources, dict(settings.node_labels), fields)
 
 
 def needs(spec: RunSpec, stages: tuple[str, ...], threads: int | None = None) -> list[Need]:
@@ -104,7 +107,8 @@ def needs(spec: RunSpec, stages: tuple[str, ...], threads: int | None = None) ->
         settings = spec.extract
         cpus, gpus = actor_resources(settings, threads or threads_per_worker(settings))
         names = "extract.workers_min, threads, cpus_per_worker, gpus_per_worker"
-        found.append(need("extract", settings.workers_min, cpus, gpus, settings, names, ENCODE_CPUS))
+        pool = need("extract", settings.workers_min, cpus, gpus, settings, names)
+        found.append(replace(pool, beside=ENCODE_CPUS, grows=True))
     if "select" in stages and spec.select.shards > 1:
         names = "select.shards, cpus_per_shard"
         found.append(need("select", spec.select.shards, spec.select.cpus_per_shard, 0, spec.select, names))
@@ -124,16 +128,15 @@ def check(spec: RunSpec, stages: tuple[str, ...]) -> None:
         UserError: a stage's need; it says what is missing and which fields ask for it.
     """
     wanted = needs(spec, stages)
-    here = Offer([_node(found) for found in ray.nodes() if found["Alive"]])
-    if all(missing(one, here) is None for one in wanted):
-        return
-    could = offer()
-    if could.more:
-        return
-    for one in wanted:
-        lacks = missing(one, could)
-        if lacks is not None:
-            raise UserError(lacks)
+    deadline = time.monotonic() + REPLACED
+    while not all(missing(one, Offer(_nodes())) is None for one in wanted):
+        could = offer()
+        lacks = [] if could.more else [why for one in wanted if (why := missing(one, could))]
+        if not lacks:
+            return
+        if not _lost_one() or time.monotonic() > deadline:
+            raise UserError(lacks[0])
+        time.sleep(1)
 
 
 def missing(wanted: Need, could: Offer) -> str | None:
@@ -143,7 +146,7 @@ def missing(wanted: Need, could: Offer) -> str | None:
     room = sum(count * _holds(node, wanted.resources) for node, count in fitting)
     grows = " and could start" if could.startable else ""
     asked = f"{wanted.stage} needs {wanted.count} x ({_words(wanted.resources, wanted.labels)})"
-    if room >= wanted.count:
+    if room >= wanted.count or (wanted.grows and room):
         if _left_beside(nodes, wanted):
             return None
         return (
@@ -228,7 +231,7 @@ def _labelled(node: Node, selector: dict[str, str]) -> bool:
 
 def offer() -> Offer:
     """What the connected cluster has, and what an autoscaler could add to it."""
-    now = [_node(found) for found in ray.nodes() if found["Alive"]]
+    now = _nodes()
     types = _reported_types() or _bootstrap_types()
     if types:
         return Offer(now, types)
@@ -242,8 +245,14 @@ def could_have_gpus() -> bool:
     return any(node.resources.get("GPU", 0) > 0 for node, _ in _reported_types() or _bootstrap_types())
 
 
-def _node(found: dict[str, Any]) -> Node:
-    return Node(found["Resources"], found.get("Labels") or {})
+def _nodes() -> list[Node]:
+    """The nodes that are there."""
+    return [Node(found["Resources"], found.get("Labels") or {}) for found in ray.nodes() if found["Alive"]]
+
+
+def _lost_one() -> bool:
+    """Whether the cluster has ever had a node that is gone."""
+    return not all(found["Alive"] for found in ray.nodes())
 
 
 def _reported_types() -> list[tuple[Node, int]]:

@@ -6,12 +6,17 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 
 import ray
 from ray._private import ray_constants
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
 from ray.util.annotations import RayDeprecationWarning
 
 from engine.errors import UserError
@@ -19,6 +24,15 @@ from engine.spec import Ray
 
 SHAPES_KEPT = "64"
 """Shapes whose compiled products a worker keeps: those of the last few batches."""
+
+PATIENCE = 15.0
+"""Seconds that a head, which may be starting, has to answer; Ray 2.60 itself tries for a quarter of an hour."""
+
+TOKEN = (
+    "it asks for a token: set RAY_AUTH_TOKEN to the cluster's (on its head: ray get-auth-token), or put it into "
+    "~/.ray/auth_token"
+)
+"""What Ray says in three lines of a client without the right token."""
 
 
 @contextlib.contextmanager
@@ -40,6 +54,7 @@ def session(settings: Ray, verbose: bool = False) -> Iterator[None]:
     address = settings.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
+            _knock(address, verbose)
             ray.init(
                 address=address,
                 log_to_driver=verbose,
@@ -82,6 +97,40 @@ def worker_env() -> dict[str, dict[str, str]]:
             "TRANSFORMERS_VERBOSITY": "error",
         }
     }
+
+
+def _knock(address: str, verbose: bool) -> None:
+    """Ask a head for an answer before `ray.init` does, which tries again and again whatever is wrong.
+
+    Raises:
+        ConnectionError: nobody answers there, or not without a (right) token.
+    """
+    if "://" in address or address == "local":
+        return  # Ray Client has limits of its own, and a local instance is not there yet
+    head = canonicalize_bootstrap_address(address)
+    if head is None:
+        return  # `auto`, and none is known: Ray says so at once
+    for each in dict.fromkeys([head if address == "auto" else address, head]):
+        _answer(each)
+        try:
+            with contextlib.nullcontext() if verbose else _without_stderr():
+                GcsClient(address=each)
+        except AuthenticationError:
+            raise ConnectionError(TOKEN) from None
+
+
+def _answer(address: str) -> None:
+    """Wait until something listens at HOST:PORT, `PATIENCE` seconds at most; ConnectionError."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConnectionError(f"nobody answers there ({error.strerror or error})") from None
+            time.sleep(0.5)
 
 
 def _start_local(settings: Ray, verbose: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import ray
 import tiny
 import yaml
 
+import cluster.extract
 from cluster import resources
+from cluster.extract import WritePartition
 from cluster.resources import Need, Node, Offer, check, missing, needs, offer, options
 from cluster.session import gpus_per_worker
 from engine.errors import UserError
@@ -33,8 +36,14 @@ def spec_of(**sections: dict[str, Any]) -> RunSpec:
     return RunSpec.from_dict({**fields, **sections})
 
 
-def need(count: int = 1, labels: dict[str, str] | None = None, beside: float = 0.0, **amounts: float) -> Need:
-    return Need("extract", count, amounts, labels or {}, "extract.workers_min", beside)
+def need(
+    count: int = 1,
+    labels: dict[str, str] | None = None,
+    beside: float = 0.0,
+    grows: bool = False,
+    **amounts: float,
+) -> Need:
+    return Need("extract", count, amounts, labels or {}, "extract.workers_min", beside, grows)
 
 
 TYPE = {"accelerator_type:A100": 0.001}
@@ -64,6 +73,10 @@ TYPE = {"accelerator_type:A100": 0.001}
         (need(4, beside=0.25, CPU=4), [CPUS, A100], None),
         (need(2, beside=0.25, CPU=16), [CPUS, CPUS], "no CPU left"),
         (need(1, {"zone": "a"}, beside=0.25, CPU=12), [A100, CPUS], None),
+        (need(40, beside=0.25, grows=True, CPU=9), [A100, CPUS], None),
+        (need(40, beside=0.25, grows=True, CPU=17), [A100, CPUS], "no node with more than 16 CPU"),
+        (need(40, beside=0.25, grows=True, CPU=4), [A100, CPUS], "no CPU left"),
+        (need(40, grows=True, CPU=1), [], "has no CPU"),
     ],
 )
 def test_what_nodes_can_never_give_is_one_sentence_and_nothing_else_is_refused(
@@ -95,6 +108,7 @@ def test_a_run_that_waits_for_what_no_node_has_ends_in_a_sentence(
         "corpus": {"paths": [tiny_corpus]},
         "task": {"labels": tiny.LABELS, "template": "{text} topic:", "max_tokens": 24},
         "extract": {"gpus_per_worker": 2, "accelerator_type": "A100", "threads": 1},
+        "select": {"size": 20},
     }
     began = time.monotonic()
     with pytest.raises(
@@ -108,7 +122,7 @@ def test_a_run_that_waits_for_what_no_node_has_ends_in_a_sentence(
 @pytest.mark.parametrize(
     ("sections", "sentence"),
     [
-        ({"extract": {"workers_min": 40, "threads": 1}}, r"extract needs 40 x .* room for 16"),
+        ({"extract": {"workers_min": 40, "threads": 1}}, r"extract needs 40 x .* no CPU left for that"),
         ({"extract": {"workers_min": 8, "cpus_per_worker": 1}}, r"no CPU left for that: lower extract\.workers_min"),
         ({"select": {"shards": 9}}, r"select needs 9 x \(1 CPU\) at once, .* room for 8: lower select\.shards"),
         ({"retrain": {"workers": 9}}, r"retrain needs 9 x .* lower retrain\.workers"),
@@ -149,6 +163,55 @@ def test_ray_takes_the_options_of_a_section_and_places_by_them() -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_what_extraction_asks_of_a_node_reaches_its_actors(
+    tiny_base: str, tiny_finetuned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels are proved by tests/faults/test_nodes.py, which has several nodes."""
+    noted = tmp_path / "noted"
+
+    class Noting(WritePartition):
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            noted.write_text(json.dumps(ray.get_runtime_context().get_assigned_resources()))
+            return super().__call__(row)
+
+    monkeypatch.setattr(cluster.extract, "WritePartition", Noting)
+    fields = {
+        "run_dir": str(tmp_path / "run"),
+        "models": {"base": tiny_base, "finetuned": tiny_finetuned},
+        "corpus": {"paths": [tiny.save_corpus(tmp_path / "c.jsonl", 30)]},
+        "task": {"labels": tiny.LABELS, "template": "{text} topic:", "max_tokens": 24},
+        "extract": {
+            "threads": 1, "cpus_per_worker": 0.75, "memory_mb": 100, "workers_max": 1,
+            "node_labels": {"tier": "!train"},
+        },
+        "select": {"size": 5},
+    }  # fmt: skip
+    extract(Job(RunSpec.from_dict(fields), quiet=True))
+    assert json.loads(noted.read_text()) == {"CPU": 0.75, "memory": 100 << 20}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_stage_waits_for_a_node_in_place_of_a_lost_one_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, here = spec_of(retrain={"workers": 3}), ray.nodes()
+    lost = {**here[0], "Alive": False, "NodeID": "0f"}
+    small = {**here[0], "Resources": {"CPU": 2.0}}
+    seen = [[small, lost], [small, lost], [small, lost], [*here, lost]]
+    monkeypatch.setattr(resources, "_grows", lambda now: False)
+    monkeypatch.setattr(ray, "nodes", lambda: seen.pop(0) if len(seen) > 1 else seen[0])
+    check(asked, ("retrain",))
+    seen[:] = [[small, lost]]
+    monkeypatch.setattr(resources, "REPLACED", 1.0)
+    with pytest.raises(UserError, match="has room for 2"):
+        check(asked, ("retrain",))
+    seen[:] = [[small]]
+    monkeypatch.setattr(resources, "REPLACED", 1e9)
+    with pytest.raises(UserError, match="has room for 2"):
+        check(asked, ("retrain",))
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_node_types_that_ray_up_would_start_count_where_this_is_its_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,8 +229,9 @@ def test_node_types_that_ray_up_would_start_count_where_this_is_its_head(
     assert [(node.resources, count) for node, count in offer().startable] == [({"CPU": 8.0, "GPU": 1.0}, 3)]
     check(asked, ("extract",))
     assert gpus_per_worker(None) == 1
+    asked = spec_of(retrain={"gpus_per_worker": 1, "workers": 4})
     with pytest.raises(UserError, match="could start room for 3"):
-        check(spec_of(extract={"gpus_per_worker": 1, "workers_min": 4}), ("extract",))
+        check(asked, ("retrain",))
 
 
 @pytest.mark.usefixtures("ray_session")
