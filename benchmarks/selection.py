@@ -54,13 +54,12 @@ def states(folder: Path, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
     path = folder / f"states-{share}.npz"
     if not path.exists():
+        from engine.models import load_model, resolve
         from jobs.demo import gguf
 
-        source, file = os.path.split(gguf())
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=file, dtype=torch.bfloat16
-        ).eval()
+        source = resolve(gguf(), str(folder / "smollm2"))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = load_model(source, torch.bfloat16)
         news = pq.read_table(SHARED / "ag_news.parquet").slice(0, int(TRAINED * share))
         texts, label = news["text"].to_pylist(), news["label"].to_pylist()
         rng = np.random.default_rng(SEED)
