@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -76,8 +77,10 @@ class Folder:
             self.fs.rm(self.path(name), recursive=True)
 
     def read_bytes(self, name: str) -> bytes:
-        """The whole file; FileNotFoundError when it is not there."""
-        return bytes(self.fs.cat_file(self.path(name)))
+        """The whole file; FileNotFoundError when it is not there, UserError when it may not be read."""
+        path = self.path(name)
+        with _permitted(path):
+            return bytes(self.fs.cat_file(path))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write the whole file atomically; UserError for no space or no permission."""
@@ -91,8 +94,9 @@ class Folder:
             raise UserError(f"cannot write {path}: {reason(error)}.") from None
 
     def digest(self, name: str) -> str:
-        """sha256 (hex) of a file; FileNotFoundError when it is not there."""
-        with self.fs.open(self.path(name), "rb") as file:
+        """sha256 (hex) of a file; errors as those of `read_bytes`."""
+        path = self.path(name)
+        with _permitted(path), self.fs.open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def sync(self, names: list[str]) -> None:
@@ -147,6 +151,15 @@ class Folder:
         prefix = self.path("") + "/"
         for path in sorted(self.fs.find(self.path(name))):
             yield path.removeprefix(prefix)
+
+
+@contextlib.contextmanager
+def _permitted(path: str) -> Iterator[None]:
+    """Permission that lacks in the block, as a sentence that says to what."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}.") from None
 
 
 def reason(error: OSError) -> str:
