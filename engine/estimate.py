@@ -110,7 +110,9 @@ def store_bytes(shape: StoreShape) -> int:
 
 
 def index_bytes(shape: StoreShape, budget_mb: int) -> int:
-    """Bytes of the subspace index of greedy selection, all shards: (28 + 2 r) a row and checkpoint.
+    """Bytes of the subspace index of greedy selection, all shards: (33 + 2 r) a row and checkpoint.
+
+    Five of the 33 are taken once a row: with P checkpoints it is 5 (P - 1) a row too many.
 
     r = d/8 + 64 directions (at least 96), fewer where `select.index_memory_mb` ends, never fewer than 8.
     """

@@ -98,11 +98,14 @@ def test_the_store_takes_the_bytes_that_were_estimated(tmp_path: Path, dim: int,
 
 @pytest.mark.parametrize("budget", [1, 4, 512])
 @pytest.mark.parametrize("dim", [48, 512])
-def test_the_index_takes_the_bytes_that_were_estimated(budget: int, dim: int) -> None:
-    rows = ArrayRows(np.random.default_rng(0).normal(size=(8000, dim)).astype(np.float32), np.ones(dim))
-    eligible = np.ones(8000, np.bool_)
-    shard = Shard(rows, 0, 8000, "raw", unit_target(rows.target), eligible, None, budget, 1)
-    assert index_bytes(StoreShape(1, 8000, dim, 4096), budget) == 8000 * shard.index.row_bytes
+@pytest.mark.parametrize("checkpoints", [1, 2])
+def test_the_index_takes_the_bytes_that_were_estimated(budget: int, dim: int, checkpoints: int) -> None:
+    n, rng = 8000, np.random.default_rng(0)
+    rows = ArrayRows(rng.normal(size=(checkpoints, n, dim)).astype(np.float32), np.ones(dim))
+    shard = Shard(rows, 0, n, "raw", unit_target(rows.target), np.ones(n, np.bool_), None, budget, 1)
+    arrays = [x for x in vars(shard.index).values() if isinstance(x, np.ndarray) and n in x.shape]
+    once = 5 * (checkpoints - 1) * n
+    assert index_bytes(StoreShape(checkpoints, n, dim, 4096), budget) == sum(x.nbytes for x in arrays) + once
 
 
 def test_training_memory_is_that_of_the_zero_paper() -> None:
