@@ -473,3 +473,15 @@ def test_the_labels_of_slurm_are_those_of_the_spec() -> None:
     spec = RunSpec.from_yaml(filled("run.yaml"))
     for section in (spec.extract, spec.retrain):
         assert section.node_labels.items() <= labels.items()
+
+
+def test_the_table_of_costs_is_what_its_command_prints() -> None:
+    command = [sys.executable, "benchmarks/cluster_cost.py"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    printed = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(printed) > 10
+    text = (ROOT / "docs/clusters.md").read_text()
+    assert [line for line in printed if line not in text] == []
