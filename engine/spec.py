@@ -431,7 +431,9 @@ class Retrain(Placement):
     def _cacheable(self) -> None:
         """Refuse cache_frozen where there is nothing constant to keep, or no one process to keep it in."""
         if not self.freeze_below:
-            raise ValueError("cache_frozen needs freeze_below: without frozen blocks there is nothing to keep")
+            raise ValueError(
+                "cache_frozen needs freeze_below: without frozen blocks there is nothing to keep"
+            )
         clashes = {
             "packing": self.packing,
             "dropout": self.dropout,
