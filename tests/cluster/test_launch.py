@@ -17,7 +17,9 @@ import fsspec
 import jsonschema
 import kuberay_schema
 import kubernetes_validate
+import pyarrow.parquet as pq
 import pytest
+import tiny
 import yaml
 from packaging.requirements import Requirement
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
@@ -453,6 +455,59 @@ def test_slurm_starts_one_ray_over_all_nodes_and_the_driver_with_the_spec(tmp_pa
     assert (mode, len(token)) == ("token", 64)
     sbatch(tmp_path, "run.yaml")
     assert (tmp_path / "token").read_text().split()[1] != token
+
+
+ALONE = """
+mount -t tmpfs tmpfs /tmp/ray && ip link set lo up || exit 77
+exec bash "$SCRIPT" "$@"
+"""
+"""Run with processes, network and Ray's folder of its own: `ray stop`, at the end, stops every Ray that it sees."""
+
+
+def one_node(folder: Path) -> dict[str, str]:
+    """The environment of a job with one node, this one, where srun runs what it is given."""
+    tools, home = folder / "tools", folder / "home"
+    tools.mkdir()
+    home.mkdir()
+    (tools / "scontrol").write_text("#!/bin/bash\necho localhost\n")
+    (tools / "srun").write_text('#!/bin/bash\nwhile [ "$1" != ray ]; do shift; done\nexec "$@"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {
+        **kept, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "HOME": str(home),
+        "SCRIPT": str(LAUNCH / "unbake.sbatch"), "UNBAKE_VENV": str(Path(sys.executable).parents[1]),
+        "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_CPUS_ON_NODE": "2",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_slurms_script_brings_a_whole_run_to_its_end(
+    tmp_path: Path, tiny_base: str, tiny_finetuned: str, tiny_corpus: str
+) -> None:
+    spec = {
+        "run_dir": str(tmp_path / "run"),
+        "models": {"base": tiny_base, "finetuned": tiny_finetuned},
+        "corpus": {"paths": [tiny_corpus], "partition_rows": 64},
+        "task": {"labels": tiny.LABELS, "template": "{text} topic:", "max_tokens": 24},
+        "extract": {"workers_max": 1, "threads": 1, "node_labels": {"unbake-extract": "true"}},
+        "select": {"size": 16},
+        "retrain": {"strategies": ["greedy"], "epochs": 1, "batch_size": 8, "threads": 1,
+                    "node_labels": {"unbake-retrain": "true"}},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
+    Path("/tmp/ray").mkdir(exist_ok=True)
+    apart = ["unshare", "-m", "-n", "-p", "-f", "--mount-proc"]
+    if subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces are permitted here, and without them other Rays would be stopped")
+    command = [*apart, "bash", "-c", ALONE, "bash", str(tmp_path / "run.yaml"), "--select.size", "12"]
+    given = one_node(tmp_path)
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run/report.html").exists()
+    assert pq.read_metadata(tmp_path / "run/selection.parquet").num_rows == 12
+    again = subprocess.run([*command, "--gradients.dim", "64"], env=given, capture_output=True, timeout=500)
+    assert again.returncode == 2  # the driver's own: the run directory holds another dim
 
 
 def test_slurm_hands_on_the_drivers_exit_code_and_says_how_it_is_used(tmp_path: Path) -> None:
