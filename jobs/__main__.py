@@ -111,14 +111,13 @@ def _run(command: str, arguments: list[str]) -> int:
     """Run a command: its module's `main(arguments)`, or for a stage, `stage(Job)` of the spec it is given."""
     if command not in STAGES:
         return importlib.import_module(f"jobs.{command}").main(arguments)
-    from jobs.options import read_spec
+    from jobs.options import asked_spec
 
     options = vars(stage_parser(command).parse_args(arguments))
     if any(options.get(name) for name in ("features", "target", "out")):
         return _select_features(options)
-    spec = read_spec(options)
-    if options["print_config"]:
-        print(spec.to_yaml(), end="")
+    spec = asked_spec(options)
+    if spec is None:
         return 0
     from jobs.job import Job
 
@@ -143,7 +142,7 @@ def _features_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("your own gradients, without a run directory")
     group.add_argument("--features", help="(rows, dim) matrix, float16 or float32: .npy or .zarr")
     group.add_argument("--target", help="(dim,) vector: .npy")
-    for name in ("size", "strategy"):
+    for name in ("size", "strategy", "verify"):
         same = f"select.{name}"
         group.add_argument(
             f"--{name}", dest=same, metavar="V", default=argparse.SUPPRESS, help=f"the same as --{same}"

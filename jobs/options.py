@@ -81,11 +81,16 @@ def parse_spec(
         UserError: as `read_spec`, or an option that the parser does not know.
     """
     options = vars(parser.parse_args(arguments))
+    return asked_spec(options), options
+
+
+def asked_spec(options: dict[str, Any]) -> RunSpec | None:
+    """`read_spec` of parsed options; None where --print_config has printed it."""
     spec = read_spec(options)
     if options["print_config"]:
         print(spec.to_yaml(), end="")
-        return None, options
-    return spec, options
+        return None
+    return spec
 
 
 def read_spec(options: dict[str, Any]) -> RunSpec:

@@ -26,29 +26,27 @@ from engine.storage import reason
 from engine.store import StoreShape
 from jobs.extract import Prepared, prepare
 from jobs.job import Job
-from jobs.options import read_spec, spec_parser
+from jobs.options import parse_spec, spec_parser
 
 SECONDS = 30.0
-OWN = ("seconds", "json", "documents", "workers", "docs_per_second")
 
 
 def main(arguments: list[str]) -> int:
     """`unbake plan`: calibrate, estimate, print."""
-    options = vars(parser().parse_args(arguments))
-    own = {name: options.pop(name) for name in OWN}
-    spec = read_spec(options)
-    if options["print_config"]:
-        print(spec.to_yaml(), end="")
+    spec, options = parse_spec(parser(), arguments)
+    if spec is None:
         return 0
     job = Job(spec, quiet=options["quiet"], verbose=options["verbose"])
     with job.locked():
-        result = plan(job, own["seconds"], own["documents"], own["workers"], own["docs_per_second"])
-    if own["json"]:
+        result = plan(
+            job, options["seconds"], options["documents"], options["workers"], options["docs_per_second"]
+        )
+    if options["json"]:
         try:
-            with open(own["json"], "w", encoding="utf-8") as file:
+            with open(options["json"], "w", encoding="utf-8") as file:
                 json.dump(dataclasses.asdict(result), file, indent=2)
         except OSError as error:
-            raise UserError(f"cannot write {own['json']}: {reason(error)}.") from None
+            raise UserError(f"cannot write {options['json']}: {reason(error)}.") from None
     print(table(result))
     print(f"\nDeepSpeed configuration\n  {deepspeed_text(job)}")
     for warning in result.warnings:

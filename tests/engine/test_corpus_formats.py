@@ -89,6 +89,31 @@ def test_parquet_knows_every_type_of_string(tmp_path: Path, kind: str) -> None:
     assert got.problems == {1: "text is null"}
 
 
+def test_shards_laid_out_as_finewebs_are_read(tmp_path: Path) -> None:
+    """Nested folders a crawl, numbered shards, nine columns, several row groups; ids by `corpus.id`."""
+    crawls = ("CC-MAIN-2024-10", "CC-MAIN-2024-18")
+    for at, (crawl, shard) in enumerate((crawl, shard) for crawl in crawls for shard in (0, 1)):
+        folder = tmp_path / "fineweb" / "data" / crawl
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = range(5 * at, 5 * at + 5)
+        table = {
+            "text": [f"page {i}" for i in rows],
+            "id": [f"<urn:uuid:{i:08d}>" for i in rows],
+            "dump": [crawl] * 5,
+            "url": [f"https://example.com/{i}" for i in rows],
+            "date": ["2024-03-01T00:00:00Z"] * 5,
+            "file_path": [f"s3://commoncrawl/crawl-data/{crawl}/segments/{i}.warc.gz" for i in rows],
+            "language": ["en"] * 5,
+            "language_score": [0.9] * 5,
+            "token_count": pa.array([2] * 5, pa.int64()),
+        }
+        pq.write_table(pa.table(table), folder / f"{shard:03d}_00000.parquet", row_group_size=2)
+    for number, path in enumerate(("fineweb", "fineweb/data/*", "fineweb/data/*/*.parquet")):
+        documents = load(tmp_path / path, tmp_path / f"run-{number}", id="id")
+        assert documents.text == [f"page {i}" for i in range(20)]
+        assert documents.ids == [f"<urn:uuid:{i:08d}>" for i in range(20)]
+
+
 def test_ids_of_any_type_are_labels(tmp_path: Path) -> None:
     values = [1, "x", None, [1, 2], True, "\ud800", "x"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "t", "n": v}) + "\n" for v in values))
