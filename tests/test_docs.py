@@ -46,13 +46,25 @@ def test_links_lead_somewhere(page: Path) -> None:
             )
 
 
-def test_the_readme_names_every_module_of_engine_and_cluster() -> None:
-    text = (ROOT / "README.md").read_text()
-    found = [
-        path for room in ("engine", "cluster") for path in (ROOT / room).iterdir() if path.name[0] != "_"
-    ]
-    wanted = {f"{path.name}/" if path.is_dir() else path.name for path in found}
-    assert {name for name in wanted if f"`{name}`" not in text} == set()
+def test_the_readmes_tree_is_what_stands() -> None:
+    """Every module and folder of the rooms, once, with a phrase; and nothing that is not there."""
+    tree = next(block for kind, block in BLOCK.findall((ROOT / "README.md").read_text()) if kind == "text")
+    listed: dict[str, list[str]] = {}
+    phrases = []
+    for line in tree.splitlines():
+        name, _, phrase = line.strip().partition(" ")
+        if line[0] != " ":
+            listed[name.rstrip("/")] = inside = []
+            assert (ROOT / name).is_dir(), name
+        else:
+            inside.append(name)
+        phrases.append(phrase.strip())
+    for room in ("engine", "cluster", "jobs"):
+        found = [path for path in (ROOT / room).iterdir() if path.name[0] not in "_."]
+        stands = {f"{path.name}/" if path.is_dir() else path.name for path in found} - {"py.typed"}
+        assert set(listed[room]) == stands
+        assert len(listed[room]) == len(stands)
+    assert all(phrases)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
