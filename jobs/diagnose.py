@@ -31,7 +31,7 @@ from engine.checkpoints import weights_hash
 from engine.errors import UserError
 from engine.evaluate.diagnostics import StoredProducts, diagnose_selection, projection_error, warnings
 from engine.evaluate.trajectory import trajectory as fidelity
-from engine.rundir import DIAGNOSTICS, METRICS, SELECTION, fingerprint
+from engine.rundir import DIAGNOSTICS, METRICS, SELECTION, STAGES, fingerprint
 from engine.store import GradientStore
 from engine.target import choose_target
 from engine.training import label_rows
@@ -88,6 +88,7 @@ def diagnose(job: Job, trajectory: str | None = None, documents: int = TRUE_DOCU
     extracted = job.run.stage_result("extract")
     found: dict[str, Any] = {"format": 1, "strategy": job.spec.select.strategy}
     inputs = {"select": job.run.stage_fingerprint("select"), "code": CODE}
+    _forget_another(job, inputs)
     found |= job.guarded("diagnose", inputs, lambda: _selection(job, extracted))
     found["confidence"] = _confidence(extracted)
     found["trajectory"] = None if trajectory is None else _trajectory(job, trajectory, documents)
@@ -97,6 +98,14 @@ def diagnose(job: Job, trajectory: str | None = None, documents: int = TRUE_DOCU
     for warning in found["warnings"]:
         job.progress.log.write("diagnose", "warning", text=f"{warning['text']} Try {warning['try']}")
     return found
+
+
+def _forget_another(job: Job, inputs: dict[str, Any]) -> None:
+    """Remove the record of another selection's diagnosis: it is cheap to make anew, and nothing is made from it."""
+    records = [f"{STAGES}/diagnose.json", f"{STAGES}/diagnose.inputs.json"]
+    if job.run.exists(records[1]) and job.run.read_json(records[1]) != inputs:
+        for record in records:
+            job.run.remove(record)
 
 
 def _selection(job: Job, extracted: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from cluster.session import session
 from engine.evaluate.comparison import metrics
-from engine.rundir import STAGES
+from engine.rundir import STAGES, STORE
+from jobs.diagnose import diagnose
 from jobs.evaluate import evaluate, judge_endpoints, metric_of
 from jobs.extract import extract, prepare
 from jobs.job import Job
@@ -14,9 +15,12 @@ from jobs.report import report
 from jobs.retrain import check, retrain
 from jobs.select import select
 
+DIAGNOSED_SECONDS = 300.0
+"""A selection that took longer is not diagnosed by itself: the negative controls search for it twice more."""
+
 
 def recover(job: Job) -> dict[str, Any]:
-    """Extract, select, retrain, evaluate (where a test set is given) and report, in one Ray session."""
+    """Extract, select, retrain, evaluate (where a test set is given), diagnose (where that is cheap) and report."""
     check(job)
     if job.spec.evaluate.test:
         _ = job.test  # read here: a broken test set is found now, not after the hours before its turn
@@ -27,8 +31,15 @@ def recover(job: Job) -> dict[str, Any]:
         results |= {"select": select(job), "retrain": retrain(job)}
     if job.spec.evaluate.test:
         results["evaluate"] = evaluate(job, endpoints)
+    if cheap(job, results["select"]):
+        results["diagnose"] = diagnose(job)
     results["report"] = report(job)
     return results
+
+
+def cheap(job: Job, selected: dict[str, Any]) -> bool:
+    """Whether diagnosing is cheap, so a run ends with it: the store is here and one process searches it soon."""
+    return job.run.exists(STORE) and job.spec.select.shards == 1 and selected["seconds"] <= DIAGNOSED_SECONDS
 
 
 def _judge_first(job: Job) -> list[dict[str, Any]] | None:

@@ -26,9 +26,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 
 REFERENCE = "random"
 """The strategy that a gap is measured from."""
+
+LEVEL = 0.95
+"""Confidence level of every interval."""
 
 
 def metrics(models: list[dict[str, Any]], metric: str, seconds: float) -> dict[str, Any]:
@@ -124,6 +128,13 @@ def _gap(
     spread = _spread(((m - m.mean()) - (1 - gap) * (r - r.mean())) / width)
     stderr = None if spread is None else spread / math.sqrt(len(m))
     return row | {"gap_closed": gap, "gap_spread": spread, "gap_stderr": stderr}
+
+
+def half_width(spread: float | None, n: int) -> float | None:
+    """Half the confidence interval of a mean: t(LEVEL, n - 1) spread / sqrt(n); None for fewer than two."""
+    if spread is None or n < 2:
+        return None
+    return float(special.stdtrit(n - 1, 0.5 + LEVEL / 2)) * spread / math.sqrt(n)
 
 
 def _endpoint_warnings(

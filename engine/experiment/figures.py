@@ -9,7 +9,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from engine.experiment.results import LEVEL, numeric
+from engine.evaluate.comparison import LEVEL
+from engine.experiment.results import numeric
 
 COLORS = ("#d1495b", "#2e7d9a", "#8a6d3b", "#4f8f4f", "#7a5ca8", "#b0703c", "#5f6f7f", "#c06090")
 STYLE = {

@@ -127,6 +127,7 @@ def _template(name: str, html: bool) -> jinja2.Template:
         value=numbers.value,
         plus_minus=numbers.plus_minus,
         gap=numbers.gap,
+        interval=numbers.interval,
         figures=numbers.figures,
         fixed=numbers.fixed,
         count=numbers.count,

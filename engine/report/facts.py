@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from engine.evaluate.comparison import half_width
 from engine.report import numbers
 from engine.report.findings import findings, sentences
 from engine.rundir import SPEC, STAGES, RunDir
@@ -51,6 +52,7 @@ def facts(
         "strategy": select.get("strategy", spec.select.strategy),
         "n_selected": selection.num_rows,
         "metrics": metrics,
+        "gap_intervals": gap_intervals(metrics),
         "standard_error": _standard_error(metrics),
         "objective": objective,
         "certificate": select.get("certificate") or {},
@@ -64,6 +66,7 @@ def facts(
         "total_seconds": _total(stages, "seconds"),
         "total_cost": _total(stages, "cost"),
         "command": f"unbake recover --config {shlex.quote(run.path(SPEC))}",
+        "diagnose": f"unbake diagnose {shlex.quote(run.uri)}",
         "versions": summary.get("versions") or versions(),
         "hashes": _hashes(run, spec),
     }
@@ -101,6 +104,16 @@ def sentence(
         cosine = numbers.fixed(objective["last"], 3)
         return f"{start}: their summed gradient has cosine {cosine} with the change in weights."
     return f"{start}."
+
+
+def gap_intervals(metrics: dict[str, Any] | None) -> dict[str, tuple[float, float]]:
+    """95% interval of the gap each strategy closes, by Student's t over paired seeds; left out where unknown."""
+    found = {}
+    for row in (metrics or {"strategies": []})["strategies"]:
+        half = half_width(row["gap_spread"], row.get("gap_n", row["n"]))
+        if row["gap_closed"] is not None and half:  # random itself has none
+            found[row["strategy"]] = (row["gap_closed"] - half, row["gap_closed"] + half)
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -33,6 +33,15 @@ def gap(closed: float | None, spread: float | None) -> str:
     return f"{100 * closed:.{digits}f} ± {100 * spread:.{digits}f}%"
 
 
+def interval(bounds: tuple[float, float] | list[float] | None) -> str:
+    """A confidence interval of a share in whole percent, or with one digit where it is narrow; empty for none."""
+    if bounds is None:
+        return ""
+    low, high = bounds
+    digits = 0 if high - low >= 0.02 else 1
+    return f"{100 * low:.{digits}f} to {100 * high:.{digits}f}%"
+
+
 def figures(number: float | None, digits: int = 3) -> str:
     """A number with so many significant figures."""
     if number is None or number != number:

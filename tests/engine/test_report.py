@@ -207,7 +207,7 @@ def test_markdown_has_the_same_numbers_and_no_markup_of_the_corpus(tmp_path: Pat
     texts = [*HOSTILE, "# a | heading", "[x](javascript:1) ![](https://example.com/a.png) *b* `c`", "1. one"]
     run = RunDir(str(tmp_path))
     text = render_markdown(run, run_spec(), judged(), selected(texts), SUMMARY)
-    assert "| greedy | 83.2 ± 0.6% | 66.6 ± 0.3% | 2 |" in text
+    assert "| greedy | 83.2 ± 0.6% | 66.6 ± 0.3% | 64 to 69% | 2 |" in text
     assert f"Out of 6,000 documents, greedy chose {len(texts)} " in text
     assert not re.search(
         r"(?<!\\)[<`]|(?<!\\)\[|://", text.replace(f"    unbake recover --config {tmp_path}", "")
@@ -226,6 +226,28 @@ def test_distances_from_the_true_set_stand_beside_each_other(tmp_path: Path) -> 
     text = render_markdown(run, run_spec(), known, selected(HOSTILE), SUMMARY)
     assert "| greedy | 0.812 | – | – | – | – |" in text
     assert "true set" not in render_markdown(run, run_spec(), judged(), selected(HOSTILE), SUMMARY)
+
+
+def test_the_gap_has_its_interval_where_seeds_allow_one(tmp_path: Path) -> None:
+    """Student's t over the paired seeds, by hand: two seeds, one degree of freedom, t = 12.706."""
+    want = judged()
+    greedy = next(row for row in want["strategies"] if row["strategy"] == "greedy")
+    half = 12.7062 * greedy["gap_spread"] / math.sqrt(2)
+    known = json.loads(render_json(RunDir(str(tmp_path)), run_spec(), want, selected(HOSTILE), SUMMARY))
+    assert known["gap_intervals"]["greedy"] == pytest.approx(
+        [greedy["gap_closed"] - half, greedy["gap_closed"] + half], rel=1e-5
+    )
+    assert known["gap_intervals"].keys() == {"greedy", "topk"}
+    html = page(tmp_path, HOSTILE)
+    assert '<span class="muted">64 to 69%</span>' in html
+    alone = {"gap_spread": None, "n": 1, "gap_n": 1, "values": [0.8]}
+    one = want | {"strategies": [row | alone for row in want["strategies"]]}
+    assert "95% interval" not in page(tmp_path, HOSTILE, metrics=one)
+
+
+def test_a_run_without_diagnostics_says_how_to_make_them(tmp_path: Path) -> None:
+    html = page(tmp_path, HOSTILE)
+    assert f"unbake diagnose &#39;{tmp_path}/a run&#39;" in html
 
 
 def test_the_nearest_true_document_is_shown_with_each(tmp_path: Path) -> None:

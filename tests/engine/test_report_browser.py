@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -236,6 +239,73 @@ def test_without_the_script_the_first_hundred_are_there(browser: Browser, report
         assert browser.js("getComputedStyle(document.getElementById('controls')).display") == "none"
     finally:
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_a_long_document_opens_by_mouse_and_keyboard_and_closes_again(browser: Browser, report: Path) -> None:
+    browser.open(report)
+    type_into(browser, "search", "zebras", "input")
+    browser.until(f"{STATUS}.startsWith('1 to 100 of ')")
+    first = "document.querySelector('#table details')"
+    text = f"{first}.querySelector('.text')"
+    assert browser.js(f"{text}.checkVisibility()") is False
+    assert browser.js(f"{first}.querySelector('summary').innerText").endswith("…")
+    browser.js(f"{first}.querySelector('summary').click()")
+    assert browser.js(f"{text}.checkVisibility()") is True
+    assert browser.js(f"{text}.textContent").endswith("about zebras")
+    assert browser.js(f"{first}.querySelector('summary').innerText") == "close"
+    browser.js(f"{first}.querySelector('summary').focus()")
+    for kind in ("keyDown", "keyUp"):
+        key = {"type": kind, "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+        browser.call("Input.dispatchKeyEvent", **key)
+    browser.until(f"!{text}.checkVisibility()")
+
+
+def test_a_printed_page_is_light_whole_and_without_controls(browser: Browser, report: Path) -> None:
+    """Printed from a dark screen: dark ink on white paper, tables within the sheet, no buttons."""
+    browser.look(1200, "dark")
+    browser.open(report)
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    try:
+        style = "getComputedStyle(document.body)"
+        assert browser.js(f"{style}.backgroundColor") == "rgb(255, 255, 255)"
+        assert browser.js(f"{style}.color") == "rgb(0, 0, 0)"
+        for name in ("controls", "pages"):
+            assert browser.js(f"getComputedStyle(document.getElementById('{name}')).display") == "none"
+        browser.call(  # a sheet of A4 at 96 dots an inch, within its margins
+            "Emulation.setDeviceMetricsOverride", width=680, height=1009, deviceScaleFactor=1, mobile=False
+        )
+        wide = "[...document.querySelectorAll('table, figure, pre')].filter(e => e.scrollWidth > innerWidth)"
+        assert browser.js(f"{wide}.map(e => e.id || e.tagName)") == []
+        printed = browser.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)["data"]
+        pdf = base64.b64decode(printed)
+        assert pdf.startswith(b"%PDF")
+        assert len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 3
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_screenshot_shows_ink_on_paper(browser: Browser, report: Path, width: int, scheme: str) -> None:
+    """The page as it is seen: its ground is paper, and there is something on it; UNBAKE_SHOTS keeps the pictures."""
+    from PIL import Image
+
+    browser.look(width, scheme)
+    browser.open(report)
+    size = {
+        name: browser.js(f"document.documentElement.scroll{name.title()}") for name in ("width", "height")
+    }
+    clip = {"x": 0, "y": 0, **size, "scale": 1}
+    shot = browser.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)["data"]
+    image = Image.open(io.BytesIO(base64.b64decode(shot))).convert("L")
+    if folder := os.environ.get("UNBAKE_SHOTS"):
+        Path(folder, f"report-{scheme}-{width}.png").write_bytes(base64.b64decode(shot))
+    assert image.size == (width, size["height"])
+    grey = image.histogram()
+    ground = max(range(256), key=grey.__getitem__)
+    assert ground > 240 if scheme == "light" else ground < 40
+    other = sum(count for at, count in enumerate(grey) if abs(at - ground) > 96) / sum(grey)
+    assert 0.01 < other < 0.5
 
 
 @pytest.mark.parametrize("width", [320, 390, 800, 1600])

@@ -15,6 +15,9 @@ from engine.rundir import LOG, NEAREST, SELECTION, RunDir
 from engine.spec import RunSpec
 from engine.store import VALID, GradientStore, StoreShape
 from jobs.__main__ import main
+from jobs.diagnose import diagnose
+from jobs.job import Job
+from jobs.pipeline import cheap
 from jobs.report import spent
 
 
@@ -24,10 +27,14 @@ def run(tmp_path: Path) -> RunDir:
     made = RunDir(str(tmp_path / "a run"))
     rng = np.random.default_rng(0)
     store = GradientStore.create(
-        made, StoreShape(1, 300, 16, 100), rng.standard_normal(16), {"fractions": [1.0]}
+        made,
+        StoreShape(1, 300, 16, 100),
+        rng.standard_normal(16),
+        {"fractions": [1.0], "delta_norm": 1.0, "projector": {"kind": "exact"}},
     )
     store._arrays["features"][0] = rng.standard_normal((300, 16)).astype(np.float16)
     store._arrays["scale"][0] = np.ones(300, np.float32)
+    store._arrays["label"][:] = np.zeros(300, np.int32)
     store._arrays["state"][:] = np.full(300, VALID, np.uint8)
     fields = {
         "run_dir": str(tmp_path / "where it was"),
@@ -102,6 +109,29 @@ def test_the_map_outlives_the_store(run: RunDir) -> None:
     run.remove("stages/map.json")
     main(["report", run.root, "--format", "json", "-q"])
     assert json.loads(run.read_bytes("report.json"))["map"] is None
+
+
+def test_a_run_is_diagnosed_where_that_is_cheap_and_anew_for_another_selection(run: RunDir) -> None:
+    spec = run.load_spec().model_copy(update={"run_dir": run.root})
+    job = Job(spec, quiet=True)
+    for size in (20, 10):
+        made = {"seconds": 1.0, "label_counts": [], "mean_confidence": 0.5}
+        made["confidence_histogram"] = {"edges": [0.0, 0.5, 1.0], "counts": [1, 1]}
+        run.finish("extract", {"models.base": "0" * 64}, made)
+        run.remove("stages/select.inputs.json")
+        run.finish("select", {"size": size}, {"seconds": 1.0})
+        run.write_table(SELECTION, run.read_table(SELECTION).slice(0, size))
+        assert cheap(job, run.stage_result("select"))
+        assert len(diagnose(job)["path"]["gain"]) == size
+        assert main(["report", run.root, "-q"]) == 0
+        page = run.read_bytes("report.html").decode()
+        assert f"of {size}</td>" in page
+        assert "unbake diagnose" not in page
+    assert not cheap(job, {"seconds": 301.0})
+    sharded = spec.model_copy(update={"select": spec.select.model_copy(update={"shards": 2})})
+    assert not cheap(Job(sharded, quiet=True), {"seconds": 1.0})
+    run.remove("gradients.zarr")
+    assert not cheap(job, {"seconds": 1.0})
 
 
 def test_a_selection_that_was_made_anew_gets_a_new_map(run: RunDir) -> None:
