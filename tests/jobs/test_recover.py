@@ -80,6 +80,14 @@ def test_every_output_is_there(run: Path) -> None:
     assert not list(run.rglob("*.part"))
 
 
+def test_a_run_ends_with_its_diagnostics_on_the_page(run: Path) -> None:
+    found = json.loads((run / "diagnostics.json").read_text())
+    assert {"path", "control", "sets", "confidence"} < found.keys()
+    page = (run / "report.html").read_text()
+    assert "negative control" in page
+    assert "unbake diagnose" not in page
+
+
 def test_the_selection_has_its_columns_and_its_texts(run: Path, tiny_corpus: str) -> None:
     table = pq.read_table(run / "selection.parquet")
     columns = "rank row doc_id partition text label confidence loss alignment norm weight objective gain"
