@@ -67,7 +67,8 @@ def load_yaml_mapping(text: str, where: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark is not None else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{where} is not valid YAML{line}: {problem}.") from None
+        hint = "; indent with spaces, not with tabs" if "'\\t'" in problem else ""
+        raise UserError(f"{where} is not valid YAML{line}: {problem}{hint}.") from None
     if fields is None:
         return {}
     if not isinstance(fields, dict):

@@ -122,8 +122,13 @@ def _given(run: str | None, config: str | None) -> tuple[dict[str, Any], str]:
 
         folder = RunDir(source)  # which may have been moved since it was written
         return folder.load_spec().model_dump(mode="json") | {"run_dir": folder.uri}, folder.uri
+    if source.removesuffix(".gz").removesuffix(".zst").endswith(DOCUMENTS):
+        raise UserError(f"{source} holds documents: name it in corpus.paths of a YAML spec, and give that.")
     return load_yaml_mapping(_read(source), source), source
 
+
+DOCUMENTS = (".parquet", ".pq", ".jsonl", ".ndjson", ".csv", ".txt")
+"""What a spec is never called."""
 
 NOWHERE = "the command line"
 
@@ -188,5 +193,6 @@ class Parser(argparse.ArgumentParser):
     def _nearest(self, message: str) -> str:
         """The option that one nobody knows may have been meant as."""
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        found = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+        known = [name for name in self._option_string_actions if name not in ("-h", "--help")]
+        found = unknown and difflib.get_close_matches(unknown[1], known, 1)
         return f" (did you mean {found[0]}?)" if found else ""

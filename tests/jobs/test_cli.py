@@ -302,3 +302,28 @@ def test_what_features_cannot_do_is_said(
     assert words in text.err
     assert text.err.count("\n") == 1
     assert not (tmp_path / "s.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("mine.jsonl", '{"text": "a"}', "mine.jsonl holds documents: name it in corpus.paths"),
+        ("mine.csv.gz", "text", "mine.csv.gz holds documents"),
+        ("run.yaml", "models:\n\tbase: x\n", "indent with spaces, not with tabs"),
+    ],
+)
+def test_a_file_that_is_no_spec_is_said_to_be_none(
+    name: str, text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert main(["recover", str(tmp_path / name)]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_help_is_not_suggested_for_an_option_that_is_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--steps", "3"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+    assert main(["recover", "run.yaml", "--select.sise", "3"]) == 2
+    assert "did you mean --select.size?" in capsys.readouterr().err
