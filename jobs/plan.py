@@ -22,6 +22,7 @@ from engine.estimate import Estimate, Machine, ModelSize, estimate, human
 from engine.models import load_config, torch_dtype
 from engine.recipe import passes_per_step
 from engine.recipe import prepare as prepare_training
+from engine.report.numbers import duration
 from engine.storage import reason
 from engine.store import StoreShape
 from jobs.extract import Prepared, prepare
@@ -190,10 +191,10 @@ def table(result: Estimate) -> str:
             1, ("tokens", f"{result.tokens:,.0f} +- {2 * result.tokens_error:,.0f} (from a sample, 95%)")
         )
     blocks = [("", rows)]
-    stages = [(stage.name, f"{_duration(stage.hours)}  {stage.work}") for stage in result.stages]
+    stages = [(stage.name, f"{_hours(stage.hours):>12}  {stage.work}") for stage in result.stages]
     known = [stage.hours for stage in result.stages if stage.hours is not None]
     if len(known) == len(stages):
-        stages.append(("all", _duration(sum(known))))
+        stages.append(("all", f"{_hours(sum(known)):>12}"))
     spent = [stage.device_hours for stage in result.stages if stage.device_hours is not None]
     stages.append((f"{result.device} hours", f"{sum(spent):,.2f}"))
     blocks += [("time", stages), ("disk", _sizes(result.disk)), ("memory", _sizes(result.memory))]
@@ -225,10 +226,5 @@ def _sizes(sizes: dict[str, int]) -> list[tuple[str, str]]:
     return [(name, human(value)) for name, value in sizes.items()]
 
 
-def _duration(hours: float | None) -> str:
-    if hours is None:
-        return f"{'unknown':>10}"
-    seconds = 3600 * hours
-    if seconds < 120:
-        return f"{seconds:>8.1f} s"
-    return f"{seconds / 60:>6.1f} min" if seconds < 7200 else f"{hours:>8.1f} h"
+def _hours(hours: float | None) -> str:
+    return "unknown" if hours is None else duration(3600 * hours)
