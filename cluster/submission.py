@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -10,6 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,14 @@ PACKAGES = ("engine", "cluster", "jobs")
 SPEC = "run.yaml"
 STOPPED = 130
 """Exit code of a job that was stopped, as of a command that was interrupted."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job before it is submitted: a command for a shell, and the runtime_env that it runs in."""
+
+    entrypoint: str
+    environment: dict[str, Any]
 
 
 class Cluster:
@@ -46,26 +56,17 @@ class Cluster:
         with self._errors():
             self._client = JobSubmissionClient(address)
 
-    def submit(self, folder: Path, command: str, pip: bool, run_dir: str) -> str:
-        """Upload a folder made by `package` and start its job there; its id.
-
-        Args:
-            command: of `python -m jobs`.
-            pip: install what unbake depends on into the job's environment; otherwise the cluster has it.
-        """
-        environment: dict[str, Any] = {"working_dir": str(folder)}
-        if pip:
-            environment["pip"] = requirements()
+    def submit(self, work: Work, run_dir: str) -> str:
+        """Start a job; its id. What `carried` has packed is uploaded first."""
         with self._errors():
-            # Ray hands the entrypoint to a shell: it holds no word of the user's but a checked command's name.
             return self._client.submit_job(
-                entrypoint=f"python -m jobs {command} {SPEC}",
-                runtime_env=environment,
+                entrypoint=work.entrypoint,
+                runtime_env=work.environment,
                 metadata={"unbake_run_dir": run_dir},
             )
 
     def follow(self, job: str, write: Callable[[str], None]) -> int:
-        """Write a job's output as it comes, until it ends; its exit code."""
+        """Write a job's output as it comes, until it ends; its exit code (UserError where it failed without one)."""
         seen = 0
         while True:
             with self._errors(), contextlib.suppress(RuntimeError):  # the connection may break: begin again
@@ -75,7 +76,7 @@ class Cluster:
             if self.status(job).is_terminal():
                 rest = self.logs(job)[seen:]
                 write(rest)
-                return self.exit_code(job)
+                return self._end(job)
             time.sleep(1)
 
     def _tail(self, job: str, skip: int) -> Iterator[str]:
@@ -91,9 +92,17 @@ class Cluster:
                 skip = max(0, skip - len(text))
 
     def wait(self, job: str) -> int:
-        """Wait for a job's end in silence; its exit code."""
+        """Wait for a job's end in silence; its exit code (UserError where it failed without one)."""
         while not self.status(job).is_terminal():
             time.sleep(1)
+        return self._end(job)
+
+    def _end(self, job: str) -> int:
+        """Exit code of a job that has ended; a UserError where it failed without one, on a lost node for example."""
+        with self._errors(job):
+            info = self._client.get_job_info(job)
+        if info.status == JobStatus.FAILED and info.driver_exit_code is None:
+            raise UserError(f"{job} failed: {first_line(info.message or 'Ray does not say why')}")
         return self.exit_code(job)
 
     def status(self, job: str) -> JobStatus:
@@ -145,8 +154,14 @@ class Cluster:
             raise
 
 
-def package(spec_yaml: str, folder: Path) -> None:
-    """Put into a folder what a job needs: our packages and the spec; nothing else of this machine travels."""
+def carried(spec_yaml: str, command: str, folder: Path, pip: bool) -> Work:
+    """A job with the code that is here: our packages and the spec in a folder; nothing else of this machine travels.
+
+    Args:
+        command: of `python -m jobs`. Ray hands the entrypoint to a shell: it holds no other word of the user's.
+        folder: is filled, and has to be there until the job is submitted.
+        pip: install what unbake depends on into the job's environment; otherwise the cluster has it.
+    """
     for name in PACKAGES:
         found = importlib.util.find_spec(name)
         assert found is not None
@@ -155,6 +170,21 @@ def package(spec_yaml: str, folder: Path) -> None:
             Path(found.origin).parent, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
         )
     (folder / SPEC).write_text(spec_yaml, encoding="utf-8")
+    environment: dict[str, Any] = {"working_dir": str(folder)}
+    if pip:
+        environment["pip"] = requirements()
+    return Work(f"python -m jobs {command} {SPEC}", environment)
+
+
+def in_image(spec_yaml: str, command: str, image: str) -> Work:
+    """A job in a container of an image that has unbake in it (cluster/launch/Dockerfile); every node needs podman.
+
+    Ray takes no uploaded files beside an image (2.60), so the spec travels in the command, in letters that mean
+    nothing to a shell.
+    """
+    letters = base64.b64encode(spec_yaml.encode()).decode()
+    write = f"spec=$(mktemp --suffix=.yaml) && echo {letters} | base64 -d > $spec"
+    return Work(f"{write} && python -m jobs {command} $spec", {"image_uri": image})
 
 
 def requirements() -> list[str]:

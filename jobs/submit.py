@@ -24,12 +24,14 @@ def main(arguments: list[str]) -> int:
     if spec is None:
         return 0
     check_paths(spec)
-    from cluster.submission import Cluster, package
+    from cluster.submission import Cluster, carried, in_image
 
     cluster = Cluster(options["address"])
+    told = (spec.to_yaml(), options["command"])
     with tempfile.TemporaryDirectory(prefix="unbake-") as folder:
-        package(spec.to_yaml(), Path(folder))
-        job = cluster.submit(Path(folder), options["command"], options["pip"], spec.run_dir)
+        image = options["image"]
+        work = in_image(*told, image) if image else carried(*told, Path(folder), options["pip"])
+        job = cluster.submit(work, spec.run_dir)
     print(f"{job} is submitted; unbake status {job} --address {options['address']}", file=sys.stderr)
     if not options["wait"]:
         return 0
@@ -48,8 +50,12 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--follow", action=argparse.BooleanOptionalAction, default=True, help="show its output"
     )
-    group.add_argument(
-        "--pip", action="store_true", help="install unbake's dependencies there; default: the image has them"
+    where = group.add_mutually_exclusive_group()
+    where.add_argument(
+        "--pip", action="store_true", help="install unbake's dependencies there; default: the nodes have them"
+    )
+    where.add_argument(
+        "--image", metavar="URI", help="run in containers of this image, which has unbake; nodes need podman"
     )
     return made
 

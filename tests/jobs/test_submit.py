@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import re
 import secrets
 import shutil
@@ -14,13 +15,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import yaml
+from ray.runtime_env import RuntimeEnv
 
+from cluster.submission import in_image
 from engine.rundir import RunDir
 from engine.store import GradientStore
 
@@ -201,6 +204,77 @@ def test_an_unknown_job_and_paths_of_this_machine_are_refused(head: str, config:
     relative = unbake("submit", str(config), "--address", head, "--run_dir", "runs/here")
     assert relative.returncode == 2
     assert "run_dir = runs/here is relative" in relative.stderr
+
+
+def test_without_following_nothing_of_the_job_is_shown_but_its_exit_code(head: str, config: Path) -> None:
+    where = ("--address", head, "--run_dir", str(config.parent / "run-empty"), "--command", "report")
+    done = unbake("submit", str(config), *where, "--no-follow")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout == ""
+    assert done.stderr == f"{job_of(done)} is submitted; unbake status {job_of(done)} --address {head}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("answer", "ended"), [(None, "running"), ("n", "running"), ("y", "stopped")])
+def test_ctrl_c_stops_the_job_only_where_somebody_says_so(
+    head: str, config: Path, tmp_path: Path, answer: str | None, ended: str
+) -> None:
+    """Who is asked sits at a terminal; without one the job goes on."""
+    run, said = config.parent / f"run-{answer}", tmp_path / "said"
+    keyboard, stdin = pty.openpty()
+    command = [str(Path(sys.executable).parent / "unbake"), "submit", str(config), "--run_dir", str(run)]
+    with said.open("w") as file:
+        following = subprocess.Popen(
+            [*command, "--address", head], env=environment(), cwd="/", stdout=file, stderr=file,
+            stdin=stdin if answer else subprocess.DEVNULL,
+        )  # fmt: skip
+    wait_for(lambda: (run / "spec.yaml").exists())  # the job is at work
+    following.send_signal(signal.SIGINT)
+    if answer:
+        wait_for(lambda: "too? [y/N]" in said.read_text())
+        os.write(keyboard, f"{answer}\n".encode())
+    assert following.wait(60) == 130, said.read_text()
+    (job,) = re.findall(r"^(raysubmit_\w+) is submitted", said.read_text(), re.MULTILINE)
+    assert ("goes on; unbake stop" in said.read_text()) == (ended == "running")
+    assert "Traceback" not in said.read_text()
+    if ended == "running":
+        assert "running" in unbake("status", job, "--address", head).stdout
+        unbake("stop", job, "--address", head)
+    wait_for(lambda: "stopped" in unbake("status", job, "--address", head).stdout)
+    os.close(keyboard), os.close(stdin)
+
+
+def test_a_job_in_an_image_has_its_spec_from_the_command(config: Path, tmp_path: Path) -> None:
+    """Ray takes the environment; the command is run here as the container's shell would run it."""
+    text = yaml.safe_dump({**yaml.safe_load(config.read_text()), "run_dir": str(tmp_path / "it's $HOME")})
+    work = in_image(text, "report", "registry/unbake:1")
+    assert RuntimeEnv(**work.environment).image_uri() == "registry/unbake:1"
+    done = subprocess.run(
+        ["sh", "-c", work.entrypoint], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "it's $HOME" in done.stderr
+    both = unbake("submit", str(config), "--address", "http://127.0.0.1:1", "--pip", "--image", "i")
+    assert both.returncode == 2
+    assert "not allowed with" in both.stderr
+
+
+def test_a_job_that_cannot_begin_is_one_sentence(head: str, config: Path) -> None:
+    """No node here has podman."""
+    if shutil.which("podman"):
+        pytest.skip("podman is here")
+    run = str(config.parent / "run-image")
+    done = unbake("submit", str(config), "--address", head, "--run_dir", run, "--image", "registry/unbake:1")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(r"^unbake submit: raysubmit_\w+ failed: .*runtime", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 @pytest.mark.slow
