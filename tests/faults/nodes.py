@@ -47,10 +47,10 @@ class Nodes:
         """Of the cluster, for drivers."""
         return str(self._cluster.address)
 
-    def add(self) -> Any:
-        """One more node, which is there when this returns."""
+    def add(self, **resources: Any) -> Any:
+        """One more node, which is there when this returns; it may have other resources than the rest."""
         with self._own_folder():
-            node = self._cluster.add_node(**self._resources)
+            node = self._cluster.add_node(**{**self._resources, **resources})
         self.live.append(node)
         return node
 
@@ -58,6 +58,11 @@ class Nodes:
         """A host that loses its power: its raylet and all its workers die at once, and say nothing."""
         for process in [raylet_of(node), *self.workers(node)]:
             process.kill()
+        self.live.remove(node)
+
+    def tell(self, node: Any) -> None:
+        """A host that is told to go: its raylet gets SIGTERM, ends its workers and leaves the cluster."""
+        raylet_of(node).terminate()
         self.live.remove(node)
 
     def workers(self, node: Any, *kinds: str) -> list[psutil.Process]:
@@ -101,7 +106,7 @@ def raylet_of(node: Any) -> psutil.Process:
     return psutil.Process(node.all_processes["raylet"][0].process.pid)
 
 
-def wait_until(condition: Callable[[], Any], alive: Callable[[], bool], seconds: float = 120) -> Any:
+def wait_until(condition: Callable[[], Any], alive: Callable[[], bool], seconds: float = 300) -> Any:
     """The condition's first true value, while something lives that may bring it about."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

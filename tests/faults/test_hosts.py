@@ -23,13 +23,16 @@ ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
 PORT = 6379
 
+SHARDS = {"shards": 3, "cpus_per_shard": 0.3}
+"""All of them find a place on one host, while another one joins."""
+
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty-four partitions, in a folder that all hosts see; `hosts.yaml` has the paths as they see them."""
     folder = tmp_path_factory.mktemp("hosts") / "image"
     folder.mkdir()
-    path = make_case(folder, 24 * 64, extract=SPREAD, select={"shards": 3})
+    path = make_case(folder, 24 * 64, extract=SPREAD, select=SHARDS)
     (folder / "hosts.yaml").write_text(path.read_text().replace(str(folder), hosts.IMAGE))
     return path
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 import yaml
 
 import cluster.extract
@@ -114,16 +115,37 @@ def serial_recover(case: Path, ray_session: None) -> Path:
 
 
 @pytest.mark.slow
+def test_a_gpu_that_torch_does_not_see_is_one_sentence(case: Path) -> None:
+    """Ray says what it was told; there is none on this node."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with nodes_of(1, num_gpus=1) as nodes:
+        driver = Driver("extract", case, case.parent / "no-gpu", nodes.address)
+        assert driver.wait() == 2
+    assert "a GPU and torch sees none there: install torch" in driver.said.read_text()
+    assert "Traceback" not in driver.said.read_text()
+
+
+GPU = {"accelerator_type:A100": 1}
+"""A custom resource that stands for a GPU: Ray's name for one of a kind, on a node that has none."""
+
+ON_GPUS = [f"--{stage}.accelerator_type=A100" for stage in ("extract", "select", "retrain")]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_whose_every_stage_loses_a_node_and_gets_another_has_a_serial_runs_bytes(
     case: Path, serial_recover: Path
 ) -> None:
+    """The workers of every stage are on the nodes with a GPU alone, which come and go."""
     folder = case.parent / "every-stage"
-    with nodes_of(3) as nodes:
-        driver = Driver("recover", case, folder, nodes.address)
+    with nodes_of(3, resources=GPU) as nodes:
+        other = nodes.add(resources={}, num_cpus=4)
+        driver = Driver("recover", case, folder, nodes.address, *ON_GPUS)
         wait_until(lambda: written(folder) >= 2 and nodes.holding(GRADIENTS), lambda: driver.alive)
         for kind in (GRADIENTS, INDEX, TRAINING):
             found = wait_until(lambda kind=kind: nodes.holding(kind), lambda: driver.alive)
+            assert other not in found
             nodes.lose(found[0])
             nodes.add()
         assert driver.wait(300) == 0, driver.said.read_text()
@@ -144,12 +166,14 @@ def test_every_stage_gets_the_one_cpu_that_the_stage_before_it_held(case: Path, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_of_three_nodes_two_are_lost_and_the_third_does_all(case: Path, serial: Path) -> None:
+def test_of_three_nodes_one_is_told_to_go_one_is_lost_and_the_third_does_all(
+    case: Path, serial: Path
+) -> None:
     folder = case.parent / "lost"
     with nodes_of(3) as nodes:
         driver = Driver("extract", case, folder, nodes.address)
-        for least in (1, 3):
+        for least, goes in ((1, nodes.tell), (3, nodes.lose)):
             wait_until(lambda least=least: written(folder) >= least, lambda: driver.alive)
-            nodes.lose(wait_until(lambda: nodes.holding(GRADIENTS), lambda: driver.alive)[0])
+            goes(wait_until(lambda: nodes.holding(GRADIENTS), lambda: driver.alive)[0])
         assert driver.wait(300) == 0, driver.said.read_text()
     assert_same(folder, serial)
