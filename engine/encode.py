@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from engine.chat import Turns, load_chat, render
 from engine.errors import UserError
 from engine.models import load_config, load_tokenizer
 from engine.spec import LossScope, RunSpec, Task
+
+if TYPE_CHECKING:
+    from engine.frozen import Entering
 
 IGNORE = -100
 """Target of a position that carries no loss (the convention of torch's cross_entropy)."""
@@ -113,7 +116,8 @@ class Batch:
 
     A row is a document, or with position_ids (rows, length) several that follow each other without seeing
     each other. Documents are counted along the rows. counts: loss tokens of each; weights: (docs,) float32;
-    soft_tokens, soft_probs: (loss tokens, K) in the order of `targets`, or None.
+    soft_tokens, soft_probs: (loss tokens, K) in the order of `targets`, or None. entering: what the model's
+    frozen lower blocks give for these documents, where that is kept (`engine.frozen`).
     """
 
     input_ids: torch.Tensor
@@ -124,6 +128,7 @@ class Batch:
     position_ids: torch.Tensor | None = None
     soft_tokens: torch.Tensor | None = None
     soft_probs: torch.Tensor | None = None
+    entering: Entering | None = None
 
     def to(self, device: str | torch.device) -> Batch:
         """The batch on a device."""

@@ -26,6 +26,7 @@ import transformers
 from engine.encode import IGNORE, PENDING, Batch, Encoder, length_batches, pack, pad
 from engine.errors import UserError, first_line
 from engine.examples import Examples
+from engine.frozen import Frozen, frozen_states, require_constant, states_above
 from engine.models import find_head, hidden_states, torch_dtype
 from engine.recipe import (
     epoch_order,
@@ -75,7 +76,10 @@ def document_scores(
     carries = batch.targets != IGNORE
     wanted, soft = batch.targets[carries], batch.soft_tokens
     assert PENDING not in wanted, "a label was never filled in"
-    states = hidden_states(model, batch.input_ids, batch.position_ids)[carries]
+    if batch.entering is None:
+        states = hidden_states(model, batch.input_ids, batch.position_ids)[carries]
+    else:
+        states = states_above(model, batch.entering)[carries]
     z = model.get_output_embeddings()(states)
     if label_ids is not None:
         rows = torch.tensor(label_ids, device=z.device)
@@ -175,6 +179,8 @@ def fit(
     plan = _Plan.of(examples, retrain, seed, stepper.world)
     if retrain.packing:
         _check_packing(stepper, plan)
+    plan = replace(plan, frozen=_frozen(stepper, examples, retrain))
+    judged_states = None if validation is None else _frozen(stepper, validation, retrain)
     every = plan.per_epoch if retrain.checkpoint_steps is None else retrain.checkpoint_steps
     judging = retrain.eval_steps or plan.per_epoch
     window = _Window(plan)
@@ -190,7 +196,7 @@ def fit(
         if ended or due or judged or len(window) == FLUSH_STEPS:
             hooks.progress(window.flush(stepper, position))
         if judged and validation is not None:
-            better = _judge(stepper, validation, position, plan, classify)
+            better = _judge(stepper, validation, position, plan, classify, judged_states)
             hooks.progress(plan.event(position, [_validation_line(position)]))
             if retrain.early_stopping and better:
                 hooks.keep(position)
@@ -207,7 +213,7 @@ class _Plan:
     """What follows from the documents and the recipe: which documents make a step, in which passes.
 
     per_epoch, total: steps; passes: of each worker in a step, and documents in one; width: tokens of the
-    longest document, and so of a row of packed ones.
+    longest document, and so of a row of packed ones; frozen: what the frozen blocks give, where that is kept.
     """
 
     examples: Examples
@@ -217,6 +223,7 @@ class _Plan:
     total: int
     passes: tuple[int, int]
     width: int
+    frozen: Frozen | None = None
 
     @classmethod
     def of(cls, examples: Examples, retrain: Retrain, seed: int, world: int) -> _Plan:
@@ -236,7 +243,9 @@ class _Plan:
         """The documents as one forward pass."""
         part = self.examples.take(members)
         everyone = np.arange(len(part))
-        return pack(part, everyone, self.width) if self.retrain.packing else pad(part, everyone)
+        if self.retrain.packing:
+            return pack(part, everyone, self.width)
+        return _with_states(pad(part, everyone), self.frozen, members)
 
     def event(self, position: Position, log: list[dict[str, Any]]) -> dict[str, Any]:
         """What is told to whoever watches."""
@@ -329,6 +338,19 @@ def _step(stepper: Stepper, plan: _Plan, step: int) -> tuple[torch.Tensor, torch
     return loss, stepper.step(learning_rate(step, plan.total, plan.retrain))
 
 
+def _frozen(stepper: Stepper, documents: Examples, retrain: Retrain) -> Frozen | None:
+    """What the frozen blocks give for the documents, where the recipe keeps it."""
+    if not retrain.cache_frozen:
+        return None
+    require_constant(stepper.model, retrain.freeze_below)
+    return frozen_states(stepper.model, retrain.freeze_below, documents.take(np.arange(len(documents))))
+
+
+def _with_states(batch: Batch, frozen: Frozen | None, members: npt.NDArray[np.int64]) -> Batch:
+    """The batch of the given documents with what the frozen blocks give for them."""
+    return batch if frozen is None else replace(batch, entering=frozen.entering(members))
+
+
 @torch.no_grad()
 def _check_packing(stepper: Stepper, plan: _Plan) -> None:
     """Refuse a model in which packed documents see each other: two losses beside different neighbours differ.
@@ -358,7 +380,14 @@ def _check_packing(stepper: Stepper, plan: _Plan) -> None:
 
 
 @torch.no_grad()
-def _judge(stepper: Stepper, validation: Examples, position: Position, plan: _Plan, classify: bool) -> bool:
+def _judge(
+    stepper: Stepper,
+    validation: Examples,
+    position: Position,
+    plan: _Plan,
+    classify: bool,
+    frozen: Frozen | None,
+) -> bool:
     """Judge the model on the validation documents; whether it is the best so far."""
     world, budget = stepper.world, plan.passes[1] * int(validation.lengths.max())
     sums = torch.zeros(2, dtype=torch.float64, device=stepper.device)
@@ -366,8 +395,9 @@ def _judge(stepper: Stepper, validation: Examples, position: Position, plan: _Pl
     for group in length_batches(validation.lengths, budget * world):
         mine = group[stepper.rank :: world]
         weight = 1.0 / len(validation) if len(mine) else 0.0
-        part = validation.take(mine if len(mine) else group[:1])
-        losses, hits = stepper.scores(pad(part, np.arange(len(part))).to(stepper.device), True)
+        mine = mine if len(mine) else group[:1]
+        batch = _with_states(pad(validation.take(mine), np.arange(len(mine))), frozen, mine)
+        losses, hits = stepper.scores(batch.to(stepper.device), True)
         assert hits is not None
         sums += torch.stack([losses.double().sum(), hits.double().sum()]) * weight
     stepper.model.train()

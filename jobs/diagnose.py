@@ -154,7 +154,11 @@ def _trajectory(job: Job, folder: str, documents: int) -> dict[str, Any]:
         raise UserError(f"--trajectory: {folder} holds no model folders.")
     true = true_set(job)
     some = np.sort(np.random.default_rng(0).permutation(len(true.texts))[:documents])
-    examples = job.encoder.encode([true.texts[i] for i in some])
+    prompts = None if true.prompts is None else [true.prompts[i] for i in some]
+    examples = job.encoder.encode([true.texts[i] for i in some], prompts)
+    if examples.problems:
+        row, why = min(examples.problems.items())
+        raise UserError(f"evaluate.train: document {some[row]} cannot be used: {why}: mend or remove it.")
     if true.labels is not None:
         examples = examples.with_labels(np.asarray(job.encoder.label_ids, np.int32)[true.labels[some]])
     target = choose_target(job.spec, job.endpoints, job.encoder.label_ids)

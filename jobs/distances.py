@@ -23,11 +23,15 @@ CODE = 2
 
 @dataclass
 class TrueSet:
-    """The true training set of a run: its documents, and their embeddings once they are asked for."""
+    """The true training set of a run: its documents, and their embeddings once they are asked for.
+
+    texts: of chats their canonical text, of responses these alone, with their prompts beside them.
+    """
 
     texts: list[str]
     labels: np.ndarray[Any, np.dtype[np.int64]] | None
     folder: str
+    prompts: list[str] | None = None
 
     @functools.cached_property
     def embedder(self) -> Embedder:
@@ -44,16 +48,19 @@ class TrueSet:
     @functools.cached_property
     def identity(self) -> list[str]:
         """Fingerprint of documents and embedder."""
-        return [TestSet(self.texts, self.labels).fingerprint, weights_hash(self.folder)]
+        return [TestSet(self.texts, self.labels, self.prompts).fingerprint, weights_hash(self.folder)]
 
 
 @functools.lru_cache(maxsize=4)
-def _load(paths: tuple[str, ...], text: str, label: str | None, task: str, folder: str) -> TrueSet:
+def _load(
+    paths: tuple[str, ...], text: str, label: str | None, task: str, folder: str, prompt: str | None, chat: bool
+) -> TrueSet:
     from engine.spec import Task
 
-    texts, labels = read_labelled(list(paths), text, label)
+    texts, labels = read_labelled(list(paths), text, label, chat=chat)
     indices = None if labels is None else match_labels(labels, Task.model_validate_json(task))
-    return TrueSet(texts, indices, folder)
+    prompts = None if prompt is None else read_labelled(list(paths), prompt, None)[0]
+    return TrueSet(texts, indices, folder, prompts)
 
 
 def true_set(job: Job) -> TrueSet:
@@ -63,10 +70,12 @@ def true_set(job: Job) -> TrueSet:
         UserError: a file of evaluate.train is missing, unreadable or has other columns than the test set.
     """
     settings, corpus = job.spec.evaluate, job.spec.corpus
-    text = settings.text or corpus.response or corpus.text
+    text = settings.text or corpus.response or corpus.messages or corpus.text
     label = settings.label if job.spec.task.kind == "classification" else None
     folder = embedder_folder(settings.embedder, job.endpoints.base)
-    return _load(tuple(settings.train), text, label, job.spec.task.model_dump_json(), folder)
+    task = job.spec.task.model_dump_json()
+    chat = corpus.messages is not None
+    return _load(tuple(settings.train), text, label, task, folder, corpus.prompt, chat)
 
 
 def distances(job: Job, stage: str, selection: str, true: TrueSet) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from typing import Any
 from engine.errors import UserError
 from engine.evaluate.comparison import metrics
 from engine.evaluate.task import evaluate_model
+from engine.experiment.grid import Judged
 from engine.models import load_model, resolve, torch_dtype
 from engine.rundir import METRICS
+from engine.spec import Retrain
 from jobs.distances import distances, true_set
 from jobs.job import Job, local_copy
 from jobs.retrain import retrained
@@ -66,9 +68,11 @@ def _judge(
     job: Job, model: str, strategy: str | None, seed: int | None, folder: str, identity: str
 ) -> dict[str, Any]:
     name = model if strategy is None else f"{strategy}-{seed}"
-    judge = lambda: measure(job, name, folder)  # noqa: E731
+    below = frozen_below(job.spec.retrain)
+    judge = lambda: measure(job, name, folder, frozen_below=below)  # noqa: E731
     entry = {"model": model, "strategy": strategy, "seed": seed}
-    return entry | job.guarded(f"evaluate-{name}", judgement_inputs(job, identity), judge)
+    inputs = judgement_inputs(job, identity, frozen_below=below)
+    return entry | job.guarded(f"evaluate-{name}", inputs, judge)
 
 
 def _distances(job: Job, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,8 +88,14 @@ def _distances(job: Job, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def judgement_inputs(job: Job, identity: str) -> dict[str, Any]:
-    """All that a judgement's numbers depend on; `identity` is the model's hash or fingerprint."""
+def judgement_inputs(
+    job: Job, identity: str, parts: Judged = "both", frozen_below: int = 0
+) -> dict[str, Any]:
+    """All that a judgement's numbers depend on; `identity` is the model's hash or fingerprint.
+
+    Args:
+        parts, frozen_below: as for `measure`.
+    """
     return {
         "model": identity,
         "test": job.test.fingerprint,
@@ -93,29 +103,49 @@ def judgement_inputs(job: Job, identity: str) -> dict[str, Any]:
         **job.section("evaluate", without=("test", "text", "label", "max_documents", *DISTANCES)),
         "gradients.dtype": job.spec.gradients.dtype,
         "code": CODE,
+        **({} if parts == "both" else {"parts": parts}),
+        **({"frozen_below": frozen_below} if frozen_below else {}),
     }
 
 
-def measure(job: Job, name: str, folder: str) -> dict[str, Any]:
-    """Judge one model folder: {"validation", "test"} as `evaluate_model` returns them, and seconds."""
+def frozen_below(retrain: Retrain) -> int:
+    """The block whose entering states are kept from one judgement to the next, by the recipe; 0: none are."""
+    return retrain.freeze_below if retrain.cache_frozen else 0
+
+
+def measure(
+    job: Job, name: str, folder: str, parts: Judged = "both", frozen_below: int = 0
+) -> dict[str, Any]:
+    """Judge one model folder: {"validation", "test"} as `evaluate_model` returns them, and seconds.
+
+    Args:
+        parts: which of the two are judged; the other is None.
+        frozen_below: as for `evaluate_model`.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     remote = job.spec.models.trust_remote_code
-    validation, held_out = job.test.split(job.spec.evaluate.validation_share)
-    settings = job.spec.evaluate.tokens_per_batch, job.spec.task.label_softmax
-    with job.progress.stage(f"evaluate-{name}", len(job.test), "documents") as stage:
+    shares = dict(
+        zip(("validation", "test"), job.test.split(job.spec.evaluate.validation_share), strict=True)
+    )
+    asked = {
+        part: documents
+        for part, documents in shares.items()
+        if parts in ("both", part) and (len(documents) or part == parts or part == "test")
+    }
+    settings = job.spec.evaluate.tokens_per_batch, job.spec.task.label_softmax, frozen_below
+    total = sum(map(len, asked.values()))
+    with job.progress.stage(f"evaluate-{name}", total, "documents") as stage:
         path = folder if os.path.isabs(folder) else local_copy(job.run, folder)
         with tempfile.TemporaryDirectory(prefix="unbake-") as scratch:  # for an adapter, merged
             path = resolve(path, f"{scratch}/merged", job.endpoints.base, trust_remote_code=remote)
             loaded = load_model(path, torch_dtype(job.spec.gradients.dtype), device, remote)
-        before = None
-        if len(validation):
-            before = evaluate_model(loaded, job.encoder, validation, *settings)
-            stage.advance(len(validation))
-        after = evaluate_model(loaded, job.encoder, held_out, *settings)
-        stage.advance(len(held_out))
+        found: dict[str, Any] = {"validation": None, "test": None}
+        for part, documents in asked.items():
+            found[part] = evaluate_model(loaded, job.encoder, documents, *settings)
+            stage.advance(len(documents))
         if device == "cuda":  # the memory is the workers' that come after
             del loaded
             torch.cuda.empty_cache()
-        return {"validation": before, "test": after, "seconds": round(stage.seconds, 3)}
+        return found | {"seconds": round(stage.seconds, 3)}

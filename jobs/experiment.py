@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -26,21 +27,22 @@ from cluster.session import session
 from cluster.train import TrainJob
 from engine.errors import UserError
 from engine.experiment import Cell, Grid, expand, results_table, summarise, to_markdown
+from engine.experiment.base import changed_base
 from engine.experiment.figures import figures
 from engine.experiment.grid import finetune_recipe, put
+from engine.experiment.results import difference
 from engine.lock import RunLock
-from engine.models import resolve
 from engine.report import numbers
 from engine.rundir import MODELS, STORE, RunDir, fingerprint
 from engine.sections import load_yaml_mapping, section_from_fields
 from engine.spec import RunSpec
 from jobs.distances import distances, true_set
-from jobs.evaluate import judgement_inputs, measure
+from jobs.evaluate import frozen_below, judgement_inputs, measure
 from jobs.extract import extract
 from jobs.finetune import fine_tune
 from jobs.job import Job
 from jobs.options import Parser, read_value
-from jobs.progress import Progress
+from jobs.progress import Progress, Stage
 from jobs.retrain import check, train_job
 from jobs.samples import write_samples
 from jobs.select import NO_BYTES, select_with
@@ -200,11 +202,13 @@ class Experiment:
         """Make all that is missing; the rows of results.parquet."""
         for cell in self.cells:
             check(_with(self._job(cell), cell))
+        if self.grid.judge == "validation" and not self.cells[0].spec.evaluate.validation_share:
+            raise UserError("judge: validation needs spec.evaluate.validation_share above 0.")
         with self._locked():
             return self._run()
 
     def _run(self) -> list[dict[str, Any]]:
-        self.run_dir.write_bytes("grid.yaml", grid_yaml(self.grid).encode())
+        self.run_dir.write_bytes(f"{self.grid.results}grid.yaml", grid_yaml(self.grid).encode())
         write_samples(self.grid)
         with session(self.cells[0].spec.ray, self.verbose):
             for job in self._finetuned():
@@ -241,11 +245,11 @@ class Experiment:
     def _base(self, spec: RunSpec) -> str:
         """The base model as a local folder; converted once for all cells."""
         models = spec.models
-        key = fingerprint([models.base, models.base_revision])[:16]
+        key = fingerprint([models.base, models.base_revision, *self.grid.base.key])[:16]
         if key not in self._bases:
             target = self.run_dir.path(f"{MODELS}/base-{key}")
-            self._bases[key] = resolve(
-                models.base, target, None, models.base_revision, models.trust_remote_code
+            self._bases[key] = changed_base(
+                self.grid.base, models.base, target, models.base_revision, models.trust_remote_code
             )
         return self._bases[key]
 
@@ -288,7 +292,7 @@ class Experiment:
             name=f"{cell.strategy}-{cell.seed}-{mark[:8]}",
             target=f"{self.run_dir.uri}/{MODELS}/{mark[:16]}",
         )
-        inputs = judgement_inputs(job, mark)
+        inputs = judgement_inputs(job, mark, self.grid.judge, frozen_below(cell.spec.retrain))
         return Training(job, work, mark, f"judge-{fingerprint(inputs)[:16]}", inputs)
 
     def _training_file(self, selection: pa.Table) -> str:
@@ -307,15 +311,29 @@ class Experiment:
         for training in todo.values():
             groups.setdefault(cluster.train.worker_group(training.work), []).append(training)
         waiting = [members for group in groups.values() for members in self._batches(group)]
-        with self.progress.stage("train and judge", len(todo), "models") as stage:
+        with (
+            self.progress.stage("train and judge", len(todo), "models") as stage,
+            ThreadPoolExecutor(max_workers=1) as judge,
+        ):
+            before: Future[None] | None = None
             for members in waiting:
                 works = {training.mark: training.work for training in members}
                 made = dict(zip(works, cluster.train.train_many(list(works.values())), strict=True))
-                for training in members:
-                    self._judge(training, made[training.mark])
-                    stage.advance()
-                for work in works.values() if not self.grid.keep_models else ():
-                    RunDir(work.target).remove("")
+                if before is not None:
+                    before.result()
+                before = judge.submit(self._judge_all, members, made, stage)
+                if _on_gpu():  # its memory is the next trainings'
+                    before.result()
+            if before is not None:
+                before.result()
+
+    def _judge_all(self, members: list[Training], made: dict[str, dict[str, Any]], stage: Stage) -> None:
+        """Judge what was trained together, while the next models train."""
+        for training in members:
+            self._judge(training, made[training.mark])
+            stage.advance()
+        for training in members if not self.grid.keep_models else ():
+            RunDir(training.work.target).remove("")
 
     def _batches(self, group: list[Training]) -> Iterator[list[Training]]:
         """Trainings that fit on the disk together; judgements of one model are never parted."""
@@ -328,38 +346,45 @@ class Experiment:
 
     def _judge(self, training: Training, metrics: dict[str, Any]) -> None:
         job, work = training.job, training.work
-        result = measure(job, work.name, work.target)
+        result = measure(job, work.name, work.target, self.grid.judge, frozen_below(work.retrain))
         result |= {"train_seconds": metrics["seconds"], "final_loss": metrics["final_loss"]}
         self.run_dir.begin(training.stage, training.inputs)
         self.run_dir.finish(training.stage, training.inputs, result)
 
-    def _endpoint(self, job: Job, which: str) -> dict[str, Any]:
+    def _endpoint(self, job: Job, which: str, below: int) -> dict[str, Any]:
         """Judgement of base or fine-tuned model, once for all extractions that have it."""
         folder = {"base": job.endpoints.base, "finetuned": job.endpoints.finetuned}[which]
-        inputs = judgement_inputs(job, job.model_hashes[which])
+        inputs = judgement_inputs(job, job.model_hashes[which], self.grid.judge, below)
         stage = f"judge-{fingerprint(inputs)[:16]}"
         if not self.run_dir.completed(stage, inputs):
-            result = measure(job, which, folder)
+            result = measure(job, which, folder, self.grid.judge, below)
             self.run_dir.begin(stage, inputs)
             self.run_dir.finish(stage, inputs, result)
         return self.run_dir.stage_result(stage)
 
     # ---- results
 
+    @property
+    def _shown(self) -> str:
+        """The documents whose results the tables show."""
+        return "validation" if self.grid.judge == "validation" else "test"
+
     def _row(self, cell: Cell, training: Training) -> dict[str, Any]:
         job, name = training.job, _selection(cell)
         metric = "accuracy" if cell.spec.task.kind == "classification" else "perplexity"
-        judged = self.run_dir.stage_result(training.stage)
+        judged, part = self.run_dir.stage_result(training.stage), self._shown
+        below = frozen_below(cell.spec.retrain)
         extracted, selected = job.run.stage_result("extract"), job.run.stage_result(f"select-{name}")
         row = {
             **cell.axes,
             "strategy": cell.strategy,
             "seed": cell.seed,
             "metric": metric,
-            "value": judged["test"][metric],
+            "judged": part,
+            "value": judged[part][metric],
             "validation": judged["validation"] and judged["validation"][metric],
-            "base": self._endpoint(job, "base")["test"][metric],
-            "finetuned": self._endpoint(job, "finetuned")["test"][metric],
+            "base": self._endpoint(job, "base", below)[part][metric],
+            "finetuned": self._endpoint(job, "finetuned", below)[part][metric],
             "documents": extracted["documents"],
             "selected": selected["selected"],
             "objective": selected["objective"],
@@ -383,23 +408,33 @@ class Experiment:
         return row
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        axes = list(self.cells[0].axes)
+        axes, where = list(self.cells[0].axes), self.grid.results
         summary = summarise(rows, axes)
-        self.run_dir.write_table(RESULTS, results_table(rows))
-        self.run_dir.write_bytes(TABLE, to_markdown(summary, axes).encode())
+        self.run_dir.write_table(f"{where}{RESULTS}", results_table(rows))
+        self.run_dir.write_bytes(f"{where}{TABLE}", to_markdown(summary, axes).encode())
         for name, svg in figures(summary, axes).items():
-            self.run_dir.write_bytes(f"{PLOTS}/{name}", svg)
+            self.run_dir.write_bytes(f"{where}{PLOTS}/{name}", svg)
         print_summary(summary, axes, self.progress.out)
-        self.progress.say(f"results: {self.run_dir.path(RESULTS)}, {self.run_dir.path(TABLE)}, {PLOTS}/")
+        names = f"{self.run_dir.path(where + RESULTS)}, {self.run_dir.path(where + TABLE)}, {where}{PLOTS}/"
+        self.progress.say(f"results: {names}")
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def print_summary(summary: list[dict[str, Any]], axes: list[str], console: Console) -> None:
     """The table in the terminal: mean and half the 95% interval over seeds."""
-    table = Table(title="experiment", caption="± half the 95% interval over seeds")
+    table = Table(
+        title="experiment",
+        caption="± half the 95% interval over seeds; difference from random ± standard error",
+    )
     metric = summary[0]["metric"]
     for axis in [*axes, "strategy"]:
         table.add_column(axis)
-    for column in (metric, "gap closed", "seeds"):
+    for column in (metric, "minus random", "gap closed", "seeds"):
         table.add_column(column, justify="right")
     for row in summary:
         half = None if row["low"] is None else row["mean"] - row["low"]
@@ -408,6 +443,7 @@ def print_summary(summary: list[dict[str, Any]], axes: list[str], console: Conso
             *(str(row[axis]) for axis in axes),
             row["strategy"],
             numbers.plus_minus(row["mean"], half, metric),
+            difference(row),
             numbers.gap(row["gap_closed"], gap_half),
             str(row["n"]),
         )

@@ -16,6 +16,7 @@ import transformers
 
 from engine.encode import IGNORE, Encoder, Ragged, length_batches, pad
 from engine.errors import UserError
+from engine.frozen import frozen_states, states_above
 from engine.models import Head, find_head, hidden_states
 from engine.rundir import fingerprint
 from engine.spec import Task
@@ -124,6 +125,7 @@ def evaluate_model(
     test: TestSet,
     tokens_per_batch: int,
     label_softmax: Literal["restricted", "full"] = "restricted",
+    frozen_below: int = 0,
 ) -> dict[str, Any]:
     """Accuracy (classification) or perplexity (language modelling) of a model.
 
@@ -136,6 +138,8 @@ def evaluate_model(
         test: the documents; labels are required for classification.
         tokens_per_batch: padded tokens in one forward pass.
         label_softmax: softmax of the classification loss: over label words, or over the whole vocabulary.
+        frozen_below: keep what the blocks below this one give, for the next model in which they are the same; 0:
+            keep nothing. The batches are those of the plain way, and so is every number.
 
     Returns:
         Classification: accuracy (argmax over the label words), loss (mean cross-entropy), documents, tokens,
@@ -159,7 +163,7 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     try:
-        states = _states(model, ragged, judged, tokens_per_batch)
+        states = _states(model, ragged.take(judged), judged, tokens_per_batch, frozen_below)
         if test.labels is not None and encoder.task.kind == "classification":
             result = _accuracy(find_head(model), states, test.labels, encoder.label_ids, label_softmax)
             result["tokens"] = int(ragged.lengths[judged].sum())
@@ -176,14 +180,23 @@ States = Iterator[tuple[npt.NDArray[np.int64], torch.Tensor, torch.Tensor]]
 
 
 def _states(
-    model: transformers.PreTrainedModel, ragged: Ragged, judged: npt.NDArray[np.int64], tokens_per_batch: int
+    model: transformers.PreTrainedModel,
+    ragged: Ragged,
+    judged: npt.NDArray[np.int64],
+    tokens_per_batch: int,
+    frozen_below: int,
 ) -> States:
-    for group in length_batches(ragged.lengths[judged], tokens_per_batch):
-        batch = pad(ragged, judged[group])
+    """States of the documents in `ragged`, which are those at the positions `judged` of the test set."""
+    frozen = frozen_states(model, frozen_below, ragged, tokens_per_batch) if frozen_below else None
+    for group in length_batches(ragged.lengths, tokens_per_batch):
+        batch = pad(ragged, group)
         carries = batch.targets != IGNORE
-        hidden = hidden_states(model, batch.input_ids.to(model.device))[carries.to(model.device)]
+        if frozen is None:
+            hidden = hidden_states(model, batch.input_ids.to(model.device))
+        else:
+            hidden = states_above(model, frozen.entering(group).to(model.device))
         documents = judged[group][carries.nonzero()[:, 0].numpy()]
-        yield documents, hidden, batch.targets[carries].to(model.device)
+        yield documents, hidden[carries.to(model.device)], batch.targets[carries].to(model.device)
 
 
 def _accuracy(

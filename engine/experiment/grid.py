@@ -7,23 +7,26 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from engine.errors import UserError
 from engine.rundir import fingerprint
 from engine.sections import Section
-from engine.spec import Placement, Retrain, RunSpec, Strategy
+from engine.spec import DType, Placement, Retrain, RunSpec, Strategy
 
 DATA = "data:"
 """Prefix by which a spec names a sample of the grid: `data:hidden`."""
+
+Judged = Literal["both", "validation", "test"]
+"""Which of the held-out documents models are judged on: the validation share, the rest, or both."""
 
 STRATEGY, SEED, LEAK = "strategy", "seed", "leak"
 """Axes with a meaning of their own; all others set fields of the spec."""
 
 COLUMNS = (
-    "metric", "value", "validation", "base", "finetuned", "documents", "selected", "objective", "peak_size",
+    "metric", "judged", "value", "validation", "base", "finetuned", "documents", "selected", "objective", "peak_size",
     "random_objective", "mean_confidence", "projector", "dim", "store_bytes", "extract_seconds", "select_seconds",
     "train_seconds", "final_loss", "extraction", "training",
 )  # fmt: skip
@@ -69,6 +72,20 @@ class Sample(Section):
         return self
 
 
+class Base(Section):
+    """What the experiment makes of `spec.models.base` before anything is done with it; written once."""
+
+    dtype: DType | None = Field(None, description="type its weights are rounded to; default: as they are")
+    untie: bool = Field(
+        False, description="give the output layer weights of its own, equal to the input embedding's"
+    )
+
+    @property
+    def key(self) -> list[Any]:
+        """What names of models depend on; nothing where nothing is changed."""
+        return [self.model_dump(mode="json")] if self != Base() else []
+
+
 class FineTune(Section):
     """Making the fine-tuned model that is to be explained, where none is given."""
 
@@ -94,12 +111,23 @@ class Grid(Section):
     """
 
     run_dir: str = Field("runs/experiment", min_length=1, description="where everything is written")
+    name: str | None = Field(
+        None,
+        pattern=r"^[\w-]+$",
+        description="results go into results/<name>/, where several grids share a run_dir; default: into run_dir",
+    )
     data_dir: str = Field(".", description="folder that the paths of samples are relative to")
     data: dict[str, Sample] = Field(default_factory=dict, description="samples by name")
+    base: Base = Field(Base(), description="changes of the base model that everything starts from")
     finetune: FineTune | None = Field(None, description="make models.finetuned by training on documents")
     spec: dict[str, Any] = Field(description="the spec that all cells share; run_dir is the grid's to set")
     grid: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(
         default_factory=dict, description="the axes"
+    )
+    judge: Judged = Field(
+        "both",
+        description="documents that models are judged on: validation while anything is still to be chosen, test "
+        "once it is; both judges on each, and shows the test's results",
     )
     keep_models: bool = Field(False, description="keep the retrained models; by default only their results")
     models_at_once: int = Field(
@@ -131,6 +159,11 @@ class Grid(Section):
         if LEAK in self.grid and self.finetune is None:
             raise ValueError("axis leak needs finetune.documents, which it puts into the corpus")
         return self
+
+    @property
+    def results(self) -> str:
+        """What the names of results begin with, within run_dir."""
+        return f"results/{self.name}/" if self.name else ""
 
     def sample_path(self, name: str) -> str:
         """Where a sample is written."""
@@ -187,17 +220,18 @@ def expand(grid: Grid, where: str = "the grid") -> list[Cell]:
     return cells
 
 
-def extraction_key(spec: RunSpec) -> str:
+def extraction_key(spec: RunSpec, base: Base | None = None) -> str:
     """Name of the extraction that a spec needs; equal for specs that can share one."""
     sections = [*EXTRACTION, *(["evaluate"] if spec.retrain.judges else [])]
     where = set(Placement.model_fields)  # workers ran, which changes nothing
-    return fingerprint([getattr(spec, name).model_dump(mode="json", exclude=where) for name in sections])[:16]
+    read = [getattr(spec, name).model_dump(mode="json", exclude=where) for name in sections]
+    return fingerprint([*read, *(base.key if base else [])])[:16]
 
 
 def finetuned_key(grid: Grid, spec: RunSpec) -> str:
     """Name of the model that `grid.finetune` makes for a spec's base model and task."""
     assert grid.finetune is not None
-    about = [spec.models.base, spec.models.base_revision, spec.task.model_dump(mode="json")]
+    about = [spec.models.base, spec.models.base_revision, *grid.base.key, spec.task.model_dump(mode="json")]
     recipe = finetune_recipe(grid).model_dump(mode="json")
     return fingerprint([*about, grid.finetune.model_dump(mode="json"), recipe])[:16]
 
@@ -225,7 +259,9 @@ def _spec_of(grid: Grid, changes: dict[str, Any], where: str) -> RunSpec:
     if grid.finetune is not None:
         path = f"{grid.run_dir}/models/finetuned-{finetuned_key(grid, spec)}"
         spec = spec.model_copy(update={"models": spec.models.model_copy(update={"finetuned": path})})
-    return spec.model_copy(update={"run_dir": f"{grid.run_dir}/extractions/{extraction_key(spec)}"})
+    return spec.model_copy(
+        update={"run_dir": f"{grid.run_dir}/extractions/{extraction_key(spec, grid.base)}"}
+    )
 
 
 def _plain_spec(grid: Grid, changes: dict[str, Any], where: str) -> RunSpec:

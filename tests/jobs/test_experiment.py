@@ -147,6 +147,14 @@ def test_means_and_intervals_are_those_of_the_rows(ready: tuple[Path, Path]) -> 
         error = stats.sem(values)
         low, high = stats.t.interval(0.95, 1, np.mean(values), error) if error else (values[0], values[0])
         assert (line["mean"], line["low"], line["high"]) == pytest.approx((np.mean(values), low, high))
+        of = {
+            (row["strategy"], row["seed"]): row["value"]
+            for row in rows
+            if row["gradients.dim"] == line["gradients.dim"]
+        }
+        apart = [of[line["strategy"], seed] - of["random", seed] for seed in (0, 1)]
+        expected = (np.mean(apart), stats.sem(apart))
+        assert (line["minus_random"], line["minus_random_stderr"]) == pytest.approx(expected)
 
 
 def test_tables_and_plots_are_written(ready: tuple[Path, Path]) -> None:
@@ -156,6 +164,34 @@ def test_tables_and_plots_are_written(ready: tuple[Path, Path]) -> None:
     text = "".join(ET.parse(folder / "plots/gradients.dim.svg").getroot().itertext())
     for word in ("random", "greedy", "accuracy", "gradients.dim"):
         assert word in text
+
+
+def test_choices_never_open_the_test_and_grids_of_one_folder_keep_their_results_apart(
+    ready: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = ready
+    before, results = set((folder / "stages").iterdir()), (folder / "results.parquet").read_bytes()
+    few = ["--grid.gradients.dim", "[16]", "--grid.seed", "[0]", "--name", "choice", "--judge", "validation"]
+    assert main(["experiment", str(path), "--quiet", *few]) == 2
+    assert "validation_share above 0" in capsys.readouterr().err
+    few += ["--spec.evaluate.validation_share", "0.5"]
+    assert main(["experiment", str(path), "--quiet", *few]) == 0
+    rows = pq.read_table(folder / "results/choice/results.parquet").to_pylist()
+    assert {(row["strategy"], row["judged"]) for row in rows} == {
+        ("random", "validation"),
+        ("greedy", "validation"),
+    }
+    assert all(row["value"] == row["validation"] for row in rows)
+    new = [
+        p
+        for p in set((folder / "stages").iterdir()) - before
+        if re.fullmatch(r"judge-[0-9a-f]+\.json", p.name)
+    ]
+    assert len(new) == 4
+    assert all(json.loads(p.read_text())["result"]["test"] is None for p in new)
+    assert "Judged on the validation documents" in (folder / "results/choice/results.md").read_text()
+    assert (folder / "results.parquet").read_bytes() == results
+    assert events(folder, "extract").count("begin") == 2
 
 
 def test_a_second_start_does_nothing_and_a_wider_grid_only_what_is_new(ready: tuple[Path, Path]) -> None:
