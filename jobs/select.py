@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.rows import Rows
 from engine.rundir import DUPLICATES, SELECTION, STAGES, RunDir
 from engine.sections import section_from_fields
-from engine.select import Certificate, Columns, Selection, View, open_features, view_of
+from engine.select import Certificate, Columns, Selection, View, open_features, recheck, view_of
 from engine.select import select as choose
 from engine.spec import Select, Strategy
 from engine.storage import Folder
@@ -116,7 +116,19 @@ def select_with(job: Job, settings: Select, stage: str, name: str) -> dict[str, 
 
         inputs |= {"models.base": job.model_hashes["base"], **job.section("retrain", without=IN_TRAINING)}
     outputs = (name, CERTIFICATE.format(stage)) if settings.certified else (name,)
-    return job.guarded(stage, inputs, lambda: _select(job, settings, stage, name), outputs=outputs)
+    again = settings.certified and settings.verify > 0 and job.run.completed(stage, inputs)
+    result = job.guarded(stage, inputs, lambda: _select(job, settings, stage, name), outputs=outputs)
+    if again:
+        _recheck(job, settings, stage)
+    return result
+
+
+def _recheck(job: Job, settings: Select, stage: str) -> None:
+    """Check random picks of a selection that was complete already."""
+    store = GradientStore.open(job.run)
+    order = job.run.read_table(CERTIFICATE.format(stage))["row"].to_numpy()
+    found = recheck(rows_of(store, settings), columns_of(job, store, settings), settings, order)
+    job.progress.say(f"{stage}: {len(found)} random picks are what a full scan of the store finds")
 
 
 def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ __all__ = [
     "View",
     "described",
     "open_features",
+    "recheck",
     "select",
     "view_of",
 ]
@@ -67,11 +68,9 @@ def select(
             target is zero, or the journal is another selection's.
     """
     rows = view_of(rows, spec)
-    eligible = _eligible(rows, columns, spec)
-    label = _labels(columns, spec) if spec.rule.endswith("_balanced") else None
+    eligible, label, restart = _rules(rows, columns, spec)
     certificate, checked = None, list[int]()
     if spec.rule.startswith("greedy"):
-        restart = spec.batch_size if spec.strategy == "greedy_batched" else 0
         book = None if journal is None else Journal(journal, _inputs(rows, spec, eligible, label))
         greedy = Greedy(rows, eligible, spec.size, spec.rows, restart, label)
         order, certificate = greedy.run(
@@ -81,6 +80,31 @@ def select(
     else:
         order = _order(rows, columns, spec, eligible, label)
     return _described(rows, spec, eligible, order, certificate, checked)
+
+
+def recheck(rows: Rows, columns: Columns, spec: Select, order: Ints) -> list[int]:
+    """Check `spec.verify` random picks of an earlier greedy selection against a full scan; which were checked.
+
+    Args:
+        order: (k,) all of its picks, those past the peak included.
+
+    Raises:
+        UserError: one of them is not the best row.
+    """
+    rows = view_of(rows, spec)
+    eligible, label, restart = _rules(rows, columns, spec)
+    try:
+        return verify(rows, eligible, spec.rows, restart, label, order, spec.verify, spec.seed)
+    except RuntimeError as error:
+        raise UserError(
+            f"{error}: the store or the selection has changed; unbake verify says which."
+        ) from None
+
+
+def _rules(rows: Rows, columns: Columns, spec: Select) -> tuple[Bools, Labels | None, int]:
+    """Which rows may be picked (N,), their labels where quotas count them, and picks between two restarts."""
+    label = _labels(columns, spec) if spec.rule.endswith("_balanced") else None
+    return _eligible(rows, columns, spec), label, spec.batch_size if spec.strategy == "greedy_batched" else 0
 
 
 def described(rows: Rows, columns: Columns, spec: Select, order: Ints) -> Selection:

@@ -28,7 +28,7 @@ class RowCache:
         self._features: npt.NDArray[np.floating] | None = None  # made by the first read, which knows the type
         self._scale = np.empty((rows.n_checkpoints, 0), np.float32)
         self._clock = 0
-        self.rows_read = self.bytes_read = self.chunks_read = 0
+        self.rows_read = self.bytes_read = 0
 
     def vectors(self, rows: Ints) -> Floats:
         """Vectors (n, P, d) of at most BATCH distinct rows, counted from `start`, in any order.
@@ -62,7 +62,6 @@ class RowCache:
         block = self._rows.take(rows + self._start)
         self.rows_read += rows.size
         chunks = np.unique((rows + self._start) // self._rows.chunk_rows).size
-        self.chunks_read += chunks
         self.bytes_read += (
             chunks * self._rows.chunk_rows * (block.features[:, 0].nbytes + block.scale[:, 0].nbytes)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +19,7 @@ _LEAVE, _FEWEST = 0.02, 32  # share of squares that the first basis may leave; i
 _DRIFT = 8  # directions added at a time
 _FOLLOW = 128  # rows compared that cost as much as having Q follow the running sum
 _AHEAD = 64  # candidates read together before the first is compared
-_SEEK = 32  # rows of a streaming pass that a random read costs beside the rows of its chunk
-_GROW_ROWS = 5000  # rows of a streaming pass that finding new directions costs
+_ANYWAY = 16  # rows compared for a pick whatever the index is
 _KEPT = 9  # best rows that an answer holds; the driver guesses the next picks from them
 
 
@@ -101,7 +101,8 @@ class Shard:
         size = min(budget // 2 - _DRIFT, max(_FEWEST, rows.dim // 8))
         capacity = max(8, min(budget // 2, size + 8 * _DRIFT))
         self.index = SubspaceIndex(rows, start, stop, kind, u, capacity, threads)
-        self._spent: list[int] = []  # work of comparing, step by step, since the index last grew
+        self._spent: list[float] = []  # seconds that more directions may save, step by step since the last pass
+        self._pass_seconds = 0.0  # that the last pass over the store took
         self._unfollowed = 0  # rows compared since the index last followed the running sum
         if self.open.any():
             self._first_basis(size)
@@ -134,11 +135,12 @@ class Shard:
             return Found(
                 np.empty(0, np.int64), np.empty(0), np.empty((0, *step.sums.shape)), -np.inf, 0, 0, 0
             )
-        read, nbytes, chunks = self.cache.rows_read, self.cache.bytes_read, self.cache.chunks_read
+        read, nbytes = self.cache.rows_read, self.cache.bytes_read
         query = self.index.query(step.sums)
         stale = self.index.stale(query)
         bound = self.index.fresh(query) if stale is None else stale
         bound[~self.open] = -np.inf
+        began = time.perf_counter()
         self._compare(self._seeds(bound), bound, step.sums)
         candidates = np.flatnonzero(bound >= self._best)
         if stale is not None:
@@ -152,9 +154,7 @@ class Shard:
             candidates = candidates[size:]
             candidates = candidates[bound[candidates] >= self._best]
             size = min(2 * size, BATCH)
-        self._spent.append(
-            self._compared + (self.cache.chunks_read - chunks) * (_SEEK + self.rows.chunk_rows)
-        )
+        self._spent.append((time.perf_counter() - began) * max(0.0, 1 - _ANYWAY / self._compared))
         self._unfollowed += self._compared
         if self._unfollowed > _FOLLOW:
             self.index.follow(step.sums)
@@ -206,23 +206,26 @@ class Shard:
             more, left = leading_directions(sample[:, j], keep, max(1, size - keep.shape[1]))
             bases.append(np.concatenate([keep, more], axis=1))
             needed = max(needed, keep.shape[1] + 1 + int((left > _LEAVE).sum()))
+        began = time.perf_counter()
         self.index.extend(np.stack(bases)[:, :, : max(_FEWEST, needed)])
+        self._pass_seconds = time.perf_counter() - began
 
     def _grow(self, request: Request) -> None:
         """Add the running sum's rest and what the rows compared lately have in common, when that will pay.
 
         It pays when comparing has cost as much as the pass over the store that growing takes, and would cost
-        as much again at its present rate: at worst twice the best that hindsight could do. Both are counted
-        in rows, for comparing a row in memory costs about as much as a row of a streaming pass.
+        as much again at its present rate: at worst twice the best that hindsight could do. Both are measured,
+        in seconds, so that a store far away is asked for single rows or for all of them as that is worth.
         """
-        cost = self.open.size + _GROW_ROWS
-        if sum(self._spent) < cost or float(np.mean(self._spent[-8:])) * request.left < cost:
+        cost = self._pass_seconds
+        if not self._spent or sum(self._spent) < cost or np.mean(self._spent[-8:]) * request.left < cost:
             return
         if self.index.size >= self.rows.dim:
             return
         size = min(_DRIFT, self.rows.dim - self.index.size)
+        began = time.perf_counter()
         self.index.extend(self.index.drift(request.steps[-1].sums, self.cache.lately(BATCH), size))
-        self._spent = []
+        self._spent, self._pass_seconds = [], time.perf_counter() - began
 
     def _sample(self) -> Floats:
         """Unit rows (m, P, d) from chunks spread over the shard."""

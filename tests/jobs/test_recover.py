@@ -112,6 +112,15 @@ def test_every_pick_has_its_certificate(run: Path) -> None:
     assert {"compared", "rows_read", "bytes_read"} < rows.keys()
 
 
+def test_picks_of_a_finished_selection_are_checked_against_a_full_scan(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    assert main(["select", str(run), "--verify", "5"]) == 0
+    assert "5 random picks are what a full scan of the store finds" in capsys.readouterr().err
+    assert contents(run) == before
+
+
 def test_retrained_models_load_and_moved(run: Path, tiny_base: str) -> None:
     ids = torch.arange(10)[None]
     base = load_model(tiny_base, torch.float32)

@@ -85,7 +85,7 @@ cases = st.fixed_dictionaries(
 )
 
 
-SMALL = {"_FEWEST": 2, "_DRIFT": 1, "_FOLLOW": 1, "_GROW_ROWS": 0}
+SMALL = {"_FEWEST": 2, "_DRIFT": 1, "_FOLLOW": 1, "_ANYWAY": 0}
 """An index too small for its rows, which follows the running sum after every pick and grows often."""
 
 
