@@ -25,7 +25,7 @@ from engine.target import Target, choose_target
 from jobs.job import Job
 
 STAGE = "extract"
-CODE = 2
+CODE = 3
 """Raised whenever the same inputs would give other bytes."""
 
 REASONS = 20
