@@ -79,8 +79,10 @@ def assert_same(run: Path, reference: Path) -> None:
     """Every output has the bytes of the undisturbed run's, and the run verifies."""
     ours, theirs = outputs(run), outputs(reference)
     assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
-    assert [name for name in theirs if ours[name] != theirs[name]] == []
-    assert verify(RunDir(str(run))).damage == []
+    other = [name for name in theirs if ours[name] != theirs[name]]
+    assert other == [], other  # pytest says nothing of an assertion outside tests
+    damage = verify(RunDir(str(run))).damage
+    assert damage == [], damage
 
 
 class Driver:
@@ -142,13 +144,16 @@ def kill(process: psutil.Process) -> bool:
 
 
 def stage_of(run: Path) -> str:
-    """The stage that the log of a run says is running."""
+    """The stage that the log of a run says is running; of a selection that has kept no pick yet, "index"."""
     try:
         last = (run / "log.jsonl").read_text().splitlines()[-1]
         record = json.loads(last)
     except (OSError, IndexError, ValueError):
         return "start"
-    return "between" if record["event"] in ("end", "failed", "skipped") else str(record["stage"])
+    if record["event"] in ("end", "failed", "skipped"):
+        return "between"
+    picked = any(run.glob("stages/*.journal/[0-9]*.json"))
+    return "index" if record["stage"] == "select" and not picked else str(record["stage"])
 
 
 def progress_of(run: Path) -> tuple[int, ...]:
@@ -171,7 +176,7 @@ class Soak:
     seed: int
     command: str = "recover"
     patience: float = 3.0
-    per_stage: int = 7
+    per_stage: int = 12
     killed: Counter[tuple[str, str]] = field(default_factory=Counter)
     stopped: Counter[str] = field(default_factory=Counter)
     runs: int = 0
@@ -212,8 +217,9 @@ class Soak:
                 code = driver.wait()
                 if code == 0:
                     break
-                assert self._struck, (code, driver.said.read_text()[-3000:])
-                assert code in (-signal.SIGKILL, -signal.SIGTERM, EXIT_CODE, 2), code
+                said = (code, driver.said.read_text()[-3000:] if driver.said.exists() else "nothing")
+                assert self._struck, said
+                assert code in (-signal.SIGKILL, -signal.SIGTERM, EXIT_CODE, 2), said
                 driver = self._start(run)
         assert_same(run, self.reference)
         self.runs += 1

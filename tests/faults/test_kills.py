@@ -37,12 +37,14 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(case: Path, ray_session: None) -> Path:
-    return run(case, "undisturbed")
+def undisturbed(case: Path, address: str) -> Path:
+    driver = Driver("extract", case, case.parent / "undisturbed", address)
+    assert driver.wait(300) == 0, driver.said.read_text()
+    return case.parent / "undisturbed"
 
 
 def run(case: Path, name: str, **settings: object) -> Path:
-    """One extraction in this process, into `name`."""
+    """One extraction in this process, whose workers' classes tests may change, into `name`."""
     fields = yaml.safe_load(case.read_text())
     fields["run_dir"] = str(case.parent / name)
     fields["extract"] |= settings
@@ -51,6 +53,7 @@ def run(case: Path, name: str, **settings: object) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_a_worker_killed_between_its_data_and_its_record_leaves_no_trace(
     case: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +64,7 @@ def test_a_worker_killed_between_its_data_and_its_record_leaves_no_trace(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_a_worker_killed_at_any_file_of_its_partition_leaves_no_trace(
     case: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,12 +74,11 @@ def test_a_worker_killed_at_any_file_of_its_partition_leaves_no_trace(
     assert_same(finished, undisturbed)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize(
     ("stage", "stand_in"),
-    [
-        ("WritePartition", dying.AlwaysDies),
-        pytest.param("EncodePartition", dying.AlwaysDiesEncoding, marks=pytest.mark.slow),
-    ],
+    [("WritePartition", dying.AlwaysDies), ("EncodePartition", dying.AlwaysDiesEncoding)],
 )
 def test_a_partition_that_kills_every_worker_is_named_and_the_others_are_kept(
     stage: str, stand_in: type, case: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
@@ -97,25 +100,23 @@ def test_a_partition_that_kills_every_worker_is_named_and_the_others_are_kept(
 
 
 def test_sigterm_stops_cleanly_with_a_hint_and_a_second_driver_is_refused_meanwhile(
-    case: Path, undisturbed: Path
+    case: Path, undisturbed: Path, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    address = str(ray.get_runtime_context().gcs_address)
     folder = case.parent / "stopped"
     driver = Driver("extract", case, folder, address)
     deadline = time.monotonic() + 120
     while driver.alive and len(list(folder.glob("done/*.json"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    second = Driver("extract", case, folder, address)
-    os.kill(driver.process.pid or 0, signal.SIGSTOP)  # so that it is there when the second one looks
-    code = second.wait()
-    os.kill(driver.process.pid or 0, signal.SIGCONT)
-    assert code == 2
+    driver.signal(signal.SIGSTOP)  # so that it is there when the second one, in this process, looks
+    second = main(["extract", "--config", str(case), "--run_dir", str(folder)])
+    driver.signal(signal.SIGCONT)
+    assert second == 2
+    assert f"process {driver.process.pid}, since " in capsys.readouterr().err
     driver.signal(signal.SIGTERM)
-    assert driver.wait(60) == EXIT_CODE == 143
-    said = driver.said.read_text()
+    code, said = driver.wait(60), driver.said.read_text()
+    assert code == EXIT_CODE == 143, said
     assert "stopped by SIGTERM; to go on from here: unbake extract --config" in said
-    assert f"process {driver.process.pid}, since " in second.said.read_text()
     assert "Traceback" not in said
     assert not (folder / LOCK).exists()
     assert 2 <= len(list(folder.glob("done/*.json"))) < 12

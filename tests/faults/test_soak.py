@@ -8,18 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import ray
 
 from faults.harness import Driver, Soak, make_case
 
 KILLS = int(os.environ.get("UNBAKE_SOAK_KILLS", "200"))
 SECONDS = float(os.environ.get("UNBAKE_SOAK_SECONDS", "inf"))
 SEED = int(os.environ.get("UNBAKE_SOAK_SEED", "1"))
-
-
-@pytest.fixture(scope="module")
-def address(ray_session: None) -> str:
-    return str(ray.get_runtime_context().gcs_address)
 
 
 def undisturbed(command: str, config: Path, address: str) -> Path:
