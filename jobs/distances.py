@@ -53,7 +53,13 @@ class TrueSet:
 
 @functools.lru_cache(maxsize=4)
 def _load(
-    paths: tuple[str, ...], text: str, label: str | None, task: str, folder: str, prompt: str | None, chat: bool
+    paths: tuple[str, ...],
+    text: str,
+    label: str | None,
+    task: str,
+    folder: str,
+    prompt: str | None,
+    chat: bool,
 ) -> TrueSet:
     from engine.spec import Task
 

@@ -101,7 +101,7 @@ class Shard:
         size = min(budget // 2 - _DRIFT, max(_FEWEST, rows.dim // 8))
         capacity = max(8, min(budget // 2, size + 8 * _DRIFT))
         self.index = SubspaceIndex(rows, start, stop, kind, u, capacity, threads)
-        self._spent: list[float] = []  # seconds that more directions may save, step by step since the last pass
+        self._spent: list[float] = []  # seconds, pick by pick, that more directions may save
         self._pass_seconds = 0.0  # that the last pass over the store took
         self._unfollowed = 0  # rows compared since the index last followed the running sum
         if self.open.any():
