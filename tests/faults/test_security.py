@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -21,9 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from engine.checkpoints import Endpoints
 from engine.errors import UserError
-from engine.models import load_model, require_safetensors, resolve
+from engine.models import load_config, load_model, load_tokenizer, require_safetensors, resolve
 from engine.rundir import RunDir
 from engine.select import open_features
+from engine.spec import RunSpec
 from engine.store import GradientStore, StoreShape
 from jobs.__main__ import main
 
@@ -111,6 +113,57 @@ def test_pickled_weights_are_never_read(tiny_base: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pickle"):
         load_model(str(model))
     assert not (tmp_path / "went-off").exists()
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+Path({marker!r}).touch()
+class OwnConfig(LlamaConfig):
+    model_type = "our_own"
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_a_models_own_python_runs_only_where_the_spec_names_it(
+    tiny_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    model = Path(shutil.copytree(tiny_base, tmp_path / "model"))
+    ran = tmp_path / "ran"
+    (model / "own.py").write_text(CODE.format(marker=str(ran)))
+    parts = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    for file, more in (
+        ("config.json", {"auto_map": parts, "model_type": "our_own"}),
+        (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}, "tokenizer_class": "OwnTokenizer"},
+        ),
+    ):
+        (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | more))
+    for read in (load_config, load_model):
+        with pytest.raises(UserError) as caught:
+            read(str(model))
+        assert "\n" not in str(caught.value)
+    with contextlib.suppress(UserError):  # one of no class that is known may be read as its file says
+        load_tokenizer(str(model))
+    assert not ran.exists()
+    load_config(str(model), trust_remote_code=True)
+    assert ran.exists()
+    named = {"base": str(model), "finetuned": str(model), "trust_remote_code": True}
+    fields = {
+        "run_dir": "r",
+        "models": named,
+        "corpus": {"paths": ["c"]},
+        "task": {"kind": "language_modelling"},
+    }
+    assert not RunSpec.from_dict(
+        {**fields, "models": {**named, "trust_remote_code": False}}
+    ).models.trust_remote_code
+    assert "trust_remote_code: true" in RunSpec.from_dict(fields).to_yaml()  # which the report shows
 
 
 def test_features_that_hold_pickles_are_refused(tmp_path: Path) -> None:
