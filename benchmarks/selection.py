@@ -543,7 +543,7 @@ def main() -> None:
     if options.json:
         Path(options.json).write_text(json.dumps(results))
     if options.figure:
-        figure(options.figure, results["scaling"])
+        figure(options.figure, results["scaling"] or [run | run["certified"] for run in results["compare"]])
 
 
 if __name__ == "__main__":

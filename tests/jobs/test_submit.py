@@ -81,7 +81,7 @@ def head() -> Iterator[str]:
     )
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not answers(address):
             assert process.poll() is None, Path(log.name).read_text()
             assert time.monotonic() < deadline, Path(log.name).read_text()
@@ -283,7 +283,7 @@ def test_a_job_that_is_stopped_goes_on_when_submitted_again(head: str, config: P
     where = ("--address", head, "--run_dir", str(run))
     begun = unbake("submit", str(config), *where, "--no-wait")
     job = job_of(begun)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (run / "stages/extract.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.5)
