@@ -22,7 +22,7 @@ import ray
 from cluster.session import gpus_per_worker
 from engine.errors import UserError
 from engine.rundir import fingerprint
-from engine.spec import LossScope, Retrain, Task
+from engine.spec import LossScope, Placement, Retrain, Task
 from engine.storage import Folder
 from engine.train_log import TrainLog
 
@@ -38,9 +38,7 @@ NO_BYTES = (
     "parallel",
     "loggers",
     "cpus_per_worker",
-    "memory_mb",
-    "accelerator_type",
-    "node_labels",
+    *Placement.model_fields,
 )
 """Fields of the section that change nothing in a model's bytes."""
 

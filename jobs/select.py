@@ -21,7 +21,7 @@ from engine.rundir import DUPLICATES, SELECTION, STAGES, RunDir
 from engine.sections import section_from_fields
 from engine.select import Certificate, Columns, Selection, View, open_features, recheck, view_of
 from engine.select import select as choose
-from engine.spec import Select, Strategy
+from engine.spec import Placement, Select, Strategy
 from engine.storage import Folder
 from engine.store import GradientStore
 from jobs.job import Job
@@ -35,9 +35,7 @@ NO_BYTES = (
     "shards",
     "verify",
     "cpus_per_shard",
-    "memory_mb",
-    "accelerator_type",
-    "node_labels",
+    *Placement.model_fields,
 )
 """Fields of the section that change how picks are found, never which."""
 

@@ -23,6 +23,9 @@ import yaml
 from engine.integrity import verify
 from engine.lock import LOCK
 from engine.rundir import RunDir
+from engine.spec import RunSpec
+from jobs.extract import extract
+from jobs.job import Job
 from jobs.stopping import EXIT_CODE
 
 _drivers = multiprocessing.get_context("forkserver")  # what takes seconds to import is imported once
@@ -62,6 +65,15 @@ def make_case(folder: Path, documents: int = 1024, partition_rows: int = 64, **s
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(fields))
     return path
+
+
+def run(case: Path, name: str, **settings: object) -> Path:
+    """One extraction in this process, whose workers' classes tests may change, into `name`."""
+    fields = yaml.safe_load(case.read_text())
+    fields["run_dir"] = str(case.parent / name)
+    fields["extract"] |= settings
+    extract(Job(RunSpec.from_dict(fields), quiet=True))
+    return case.parent / name
 
 
 def outputs(run: Path) -> dict[str, str]:

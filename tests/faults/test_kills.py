@@ -12,19 +12,15 @@ from pathlib import Path
 
 import pytest
 import ray
-import yaml
 
 import cluster.extract
 from engine.errors import UserError
 from engine.integrity import verify
 from engine.lock import LOCK
 from engine.rundir import RunDir
-from engine.spec import RunSpec
 from faults import dying
-from faults.harness import Driver, assert_same, make_case
+from faults.harness import Driver, assert_same, make_case, run
 from jobs.__main__ import main
-from jobs.extract import extract
-from jobs.job import Job
 from jobs.stopping import EXIT_CODE
 
 ray.cloudpickle.register_pickle_by_value(dying)  # workers cannot import it
@@ -41,15 +37,6 @@ def undisturbed(case: Path, address: str) -> Path:
     driver = Driver("extract", case, case.parent / "undisturbed", address)
     assert driver.wait(300) == 0, driver.said.read_text()
     return case.parent / "undisturbed"
-
-
-def run(case: Path, name: str, **settings: object) -> Path:
-    """One extraction in this process, whose workers' classes tests may change, into `name`."""
-    fields = yaml.safe_load(case.read_text())
-    fields["run_dir"] = str(case.parent / name)
-    fields["extract"] |= settings
-    extract(Job(RunSpec.from_dict(fields), quiet=True))
-    return case.parent / name
 
 
 @pytest.mark.slow

@@ -9,15 +9,11 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-import yaml
 
 import cluster.extract
-from engine.spec import RunSpec
 from faults import dying
-from faults.harness import Driver, assert_same, make_case, workers
+from faults.harness import Driver, assert_same, make_case, run, workers
 from faults.nodes import GRADIENTS, INDEX, SPREAD, TRAINING, Nodes, wait_until
-from jobs.extract import extract
-from jobs.job import Job
 
 ray.cloudpickle.register_pickle_by_value(dying)  # workers cannot import it
 
@@ -32,15 +28,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serial(case: Path, ray_session: None) -> Path:
     """The store as one worker writes it, one partition after the other."""
     return run(case, "serial", workers_min=1, workers_max=1)
-
-
-def run(case: Path, name: str, **settings: object) -> Path:
-    """One extraction in this process, into `name`."""
-    fields = yaml.safe_load(case.read_text())
-    fields["run_dir"] = str(case.parent / name)
-    fields["extract"] |= settings
-    extract(Job(RunSpec.from_dict(fields), quiet=True))
-    return case.parent / name
 
 
 @contextmanager
