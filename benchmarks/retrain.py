@@ -169,7 +169,7 @@ def loop(bench: Bench, turns: int, dtype: str, threads: int) -> dict[str, Any]:
     from engine.encode import Encoder
     from engine.examples import load_examples
     from engine.models import load_model, load_tokenizer, torch_dtype
-    from engine.training import train_plain
+    from engine.plain_stepper import train_plain
 
     torch.set_num_threads(threads)
     selection = bench.documents(8 * turns * SKIPPED)
@@ -419,7 +419,7 @@ def curves(bench: Bench, documents: int) -> dict[str, Any]:
     from engine.encode import Encoder
     from engine.examples import load_examples
     from engine.models import load_model, load_tokenizer
-    from engine.training import train_plain
+    from engine.plain_stepper import train_plain
 
     fields = {"dtype": "float32", "threads": 1, "epochs": 2, "learning_rate": 2e-4}
     selection = bench.documents(documents)

@@ -108,8 +108,8 @@ class LabelGroup:
     def _label(self, row: dict[str, Any]) -> dict[str, Any]:
         from dataclasses import replace
 
+        from engine.losses import label_rows
         from engine.soft import soft_labels
-        from engine.training import label_rows
 
         encoder = _encoder(self._job)
         examples = encode_documents(_read(self._documents, row["group"]), encoder, row["first"])

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.models import load_model
+from engine.plain_stepper import PlainStepper
 from engine.recipe import prepare, require_dtype
 from engine.spec import Retrain
-from engine.training import PlainStepper
 
 STATE = "state.safetensors"
 

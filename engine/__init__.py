@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from engine.examples import load_examples
     from engine.gradients import GradientEngine
     from engine.models import load_model, load_tokenizer, resolve
+    from engine.plain_stepper import train_plain
     from engine.projection import make_projector
     from engine.rows import ArrayRows
     from engine.rundir import RunDir
     from engine.spec import RunSpec
     from engine.store import GradientStore
     from engine.target import Target, choose_target
-    from engine.training import train_plain
 
 _WHERE = {
     "ArrayRows": "rows",
@@ -44,7 +44,7 @@ _WHERE = {
     "make_projector": "projection",
     "resolve": "models",
     "spec_encoder": "encode",
-    "train_plain": "training",
+    "train_plain": "plain_stepper",
 }
 """Name -> the module of engine that has it."""
 

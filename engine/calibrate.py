@@ -23,14 +23,15 @@ from engine.checkpoints import Endpoints
 from engine.corpus import Plan, read_rows
 from engine.encode import Encoder, Ragged, joined, length_batches
 from engine.gradients import GradientEngine, PartitionGradients
+from engine.losses import label_rows
 from engine.models import load_model, torch_dtype
+from engine.plain_stepper import train_plain
 from engine.rows import ArrayRows
 from engine.rundir import RunDir
 from engine.select import Columns, select
 from engine.spec import RunSpec
 from engine.store import GradientStore, StoreShape
 from engine.target import Target
-from engine.training import label_rows, train_plain
 
 RUN_ROWS = 64
 """Consecutive documents of the corpus that are read together; such runs are spread evenly over it."""

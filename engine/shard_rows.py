@@ -1,8 +1,9 @@
-"""Random rows of one shard file on a local disk, read without Zarr's machinery, which costs more than the read.
+"""Rows of one shard file on a local disk, read without Zarr's machinery, which costs more than the read.
 
 Layout (Zarr v3, sharding_indexed): inner chunks of `chunk_rows` rows, little-endian, each followed by its
 CRC32C; at the end one (offset, length) pair of uint64 a chunk and the CRC32C of those. Certified greedy wants
 a few single rows a pick: a chunk is read whole and checked when it is first touched, later only the rows asked.
+Its passes want all rows in order: chunks are read to where they belong, and always checked.
 """
 
 from __future__ import annotations
@@ -59,10 +60,39 @@ class ShardRows:
                     out[place] = np.frombuffer(data, "<f2")
         return out
 
-    def _chunk(self, file: int, chunk: int) -> npt.NDArray[np.float16]:
-        """A whole chunk (chunk_rows, dim), its checksum compared."""
+    def read(self, start: int, out: npt.NDArray[np.float16]) -> None:
+        """Rows start, start + 1, ... of the shard into `out` (n, dim), contiguous.
+
+        Raises:
+            ValueError, OSError: a chunk is missing, fails its checksum or cannot be read.
+        """
+        low = 0
+        with open(self.path, "rb", buffering=0) as file:
+            while low < len(out):
+                chunk, first = divmod(start + low, self.chunk_rows)
+                high = min(len(out), low + self.chunk_rows - first)
+                if high - low == self.chunk_rows:
+                    self._chunk_into(file.fileno(), chunk, out[low:high])
+                else:
+                    out[low:high] = self._chunk(file.fileno(), chunk)[first : first + high - low]
+                low = high
+
+    def _chunk_into(self, file: int, chunk: int, out: npt.NDArray[np.float16]) -> None:
+        """A whole chunk into `out` (chunk_rows, dim), its checksum compared."""
+        self._require(chunk)
+        data, check = out.reshape(-1).view(np.uint8), bytearray(_CRC)
+        got = os.preadv(file, [memoryview(data), check], int(self._at[chunk]))
+        if got != self._length[chunk] or google_crc32c.value(data) != int.from_bytes(check, "little"):
+            raise ValueError(_mismatch(f"chunk {chunk}", self.path))
+        self._checked[chunk] = True
+
+    def _require(self, chunk: int) -> None:
         if self._at[chunk] == _ABSENT:
             raise ValueError(f"chunk {chunk} of {self.path} was never written")
+
+    def _chunk(self, file: int, chunk: int) -> npt.NDArray[np.float16]:
+        """A whole chunk (chunk_rows, dim), its checksum compared."""
+        self._require(chunk)
         data = os.pread(file, int(self._length[chunk]), int(self._at[chunk]))
         _check(data, f"chunk {chunk}", self.path)
         self._checked[chunk] = True
@@ -71,4 +101,8 @@ class ShardRows:
 
 def _check(data: bytes, what: str, path: str) -> None:
     if len(data) < _CRC or google_crc32c.value(data[:-_CRC]) != int.from_bytes(data[-_CRC:], "little"):
-        raise ValueError(f"the checksum of {what} of {path} does not match its data")
+        raise ValueError(_mismatch(what, path))
+
+
+def _mismatch(what: str, path: str) -> str:
+    return f"the checksum of {what} of {path} does not match its data"

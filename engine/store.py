@@ -218,11 +218,30 @@ class GradientStore:
         """See `engine.rows.Rows.read`; UserError when a chunk fails its checksum."""
         stop = min(stop, self.n_rows)
         with _sound(self.run):
+            state = np.asarray(self._arrays["state"][start:stop])
             return RowBlock(
-                np.asarray(self._arrays["features"][:, start:stop]),
+                self._read_features(start, state) if self.run.local else self._zarr_features(start, stop),
                 np.asarray(self._arrays["scale"][:, start:stop]),
-                np.asarray(self._arrays["state"][start:stop]) == VALID,
+                state == VALID,
             )
+
+    def _zarr_features(self, start: int, stop: int) -> npt.NDArray[np.float16]:
+        return np.asarray(self._arrays["features"][:, start:stop])
+
+    def _read_features(self, start: int, state: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
+        """Features (P, n, d) of consecutive rows from `start`, from the files; zeros where none were written."""
+        out = np.empty((self.n_checkpoints, state.size, self.dim), np.float16)
+        low = 0
+        while low < state.size:
+            partition, first = divmod(start + low, self.block_rows)
+            high = min(state.size, low + self.block_rows - first)
+            if (state[low:high] != MISSING).any():
+                for j in range(self.n_checkpoints):
+                    self._shard(j, partition).read(first, out[j, low:high])
+            else:
+                out[:, low:high] = 0
+            low = high
+        return out
 
     def take(self, rows: npt.NDArray[np.int64]) -> RowBlock:
         """See `engine.rows.Rows.take`; UserError when a chunk fails its checksum."""

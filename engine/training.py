@@ -1,6 +1,6 @@
-"""Training theta_0 on documents: their loss, and the one training loop.
+"""The one training loop: which documents make a step, and what is judged, logged and kept on the way.
 
-The loop is written against `Stepper`, which says how a loss becomes a step: `PlainStepper` here is one
+The loop is written against `Stepper`, which says how a loss becomes a step: `engine.plain_stepper` is one
 process of plain torch, cluster/train.py has one of DeepSpeed over many workers. Both see the same documents
 in the same order with the same weights, so their loss curves are the same but for floating-point noise.
 
@@ -23,21 +23,12 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from engine.encode import IGNORE, PENDING, Batch, Encoder, length_batches, pack, pad
+from engine.encode import Batch, length_batches, pack, pad
 from engine.errors import UserError, first_line
 from engine.examples import Examples
-from engine.frozen import Frozen, frozen_states, require_constant, states_above
-from engine.models import find_head, hidden_states, torch_dtype
-from engine.recipe import (
-    epoch_order,
-    learning_rate,
-    make_optimizer,
-    passes_per_step,
-    prepare,
-    require_dtype,
-    worker_share,
-)
-from engine.soft import soft_cross_entropy
+from engine.frozen import Frozen, frozen_states, require_constant
+from engine.models import torch_dtype
+from engine.recipe import epoch_order, learning_rate, passes_per_step, worker_share
 from engine.spec import Retrain
 
 Progress = Callable[[dict[str, Any]], None]
@@ -47,59 +38,6 @@ FLUSH_STEPS = 10
 
 CURVE_POINTS = 200
 """Points of the loss curve that are kept in the metrics."""
-
-
-def label_rows(encoder: Encoder) -> list[int] | None:
-    """Vocabulary rows of the softmax: the labels' in restricted classification, None for all of them."""
-    return encoder.label_ids if encoder.label_ids and encoder.task.label_softmax == "restricted" else None
-
-
-def document_losses(
-    model: transformers.PreTrainedModel, batch: Batch, label_ids: list[int] | None = None
-) -> torch.Tensor:
-    """Loss of each document: the mean over its loss tokens, (docs,) float32; 0 without loss tokens.
-
-    A token's loss is the cross entropy with its target, or with its soft target where the batch has those.
-    Only states that carry loss go through the head. With `label_ids` the softmax is restricted to those rows.
-    """
-    losses, _ = document_scores(model, batch, label_ids)
-    return losses
-
-
-def document_scores(
-    model: transformers.PreTrainedModel, batch: Batch, label_ids: list[int] | None = None, hits: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`document_losses` and, with `hits`, the share of each document's targets that are the likeliest token.
-
-    The output layer is called as a module, not by its weight, so that ZeRO-3 can gather the weight for it.
-    """
-    carries = batch.targets != IGNORE
-    wanted, soft = batch.targets[carries], batch.soft_tokens
-    assert PENDING not in wanted, "a label was never filled in"
-    if batch.entering is None:
-        states = hidden_states(model, batch.input_ids, batch.position_ids)[carries]
-    else:
-        states = states_above(model, batch.entering)[carries]
-    z = model.get_output_embeddings()(states)
-    if label_ids is not None:
-        rows = torch.tensor(label_ids, device=z.device)
-        z, wanted = z[:, rows], (wanted[:, None] == rows).int().argmax(1)
-        soft = None if soft is None else (soft[:, :, None] == rows).int().argmax(2)
-    logits = find_head(model).finish(z)
-    if soft is None:
-        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-    else:
-        assert batch.soft_probs is not None
-        losses = soft_cross_entropy(logits, soft, batch.soft_probs)
-    right = (logits.detach().argmax(1) == wanted).float() if hits else None
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        # scattered into (docs, tokens) and summed there: deterministic on a GPU, as index_add is not
-        places = torch.arange(int(batch.counts.max()), device=z.device) < batch.counts[:, None]
-        grid = torch.zeros(places.shape, device=z.device).masked_scatter(places, values)
-        return grid.sum(1) / batch.counts.clamp(min=1)
-
-    return mean(losses), None if right is None else mean(right)
 
 
 @dataclass
@@ -449,106 +387,3 @@ def metrics(position: Position, examples: Examples, retrain: Retrain) -> dict[st
         "examples_per_second": position.step / per_epoch * n / max(position.seconds, 1e-9),
         "dtype": str(torch_dtype(retrain.dtype)).removeprefix("torch."),
     }
-
-
-class PlainStepper:
-    """One process of plain torch; 16-bit models step on float32 master copies of their trained weights.
-
-    The gradient of a 16-bit weight goes over to its float32 master as soon as it is whole, so the 16-bit
-    gradients never exist all at once: 18 bytes a parameter at the end of backward with AdamW, 14 between steps.
-    """
-
-    rank, world = 0, 1
-
-    def __init__(
-        self, model: transformers.PreTrainedModel, retrain: Retrain, label_ids: list[int] | None
-    ) -> None:
-        """Args: model: as `prepare` leaves it; label_ids: as for `document_losses`."""
-        self.model, self.retrain, self.label_ids = model, retrain, label_ids
-        self.device = next(model.parameters()).device
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.trained]
-        self.optimizer = make_optimizer(list(self.masters), retrain)
-        self._hooks = [
-            weight.register_post_accumulate_grad_hook(functools.partial(_to_master, master))
-            for weight, master in zip(self.trained, self.masters, strict=True)
-            if master is not weight
-        ]
-
-    def scores(self, batch: Batch, hits: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Stepper`."""
-        return document_scores(self.model, batch, self.label_ids, hits)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """See `Stepper`. Gradients add up in float32."""
-        loss.backward()
-
-    @torch.no_grad()
-    def step(self, rate: float) -> torch.Tensor:
-        """See `Stepper`."""
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.retrain.max_grad_norm or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for weight, master in zip(self.trained, self.masters, strict=True):
-            if master is not weight:
-                weight.copy_(master)
-        return norm
-
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """See `Stepper`."""
-        return values
-
-    def close(self) -> None:
-        """Let go of the model: its gradients are its own again."""
-        for hook in self._hooks:
-            hook.remove()
-
-
-def _to_master(master: torch.Tensor, weight: torch.Tensor) -> None:
-    """Add a weight's gradient to its master's, and forget it."""
-    assert weight.grad is not None
-    grad = weight.grad.float()
-    master.grad = grad if master.grad is None else master.grad.add_(grad)
-    weight.grad = None
-
-
-def train_plain(
-    model: transformers.PreTrainedModel,
-    examples: Examples,
-    retrain: Retrain,
-    seed: int,
-    label_ids: list[int] | None = None,
-    validation: Examples | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Train a model in place, in this process; the reference that every other way has to follow.
-
-    Args:
-        model: weights of type `torch_dtype(retrain.dtype)`.
-        label_ids: rows of a restricted softmax, as `label_rows` gives them.
-        validation: documents to judge by (used with retrain.early_stopping or retrain.eval_steps).
-
-    Returns:
-        `metrics`. With early stopping the model is the one that was judged best.
-    """
-    require_dtype(retrain, model.device.type)
-    stepper = PlainStepper(prepare(model, retrain, seed), retrain, label_ids)
-    best: list[torch.Tensor] = []
-
-    def keep(_: Position) -> None:
-        best[:] = [weight.detach().clone() for weight in stepper.trained]
-
-    position = Position()
-    judged = validation if retrain.judges else None
-    hooks = Hooks(keep=keep, progress=progress or (lambda event: None))
-    try:
-        fit(stepper, examples, retrain, seed, position, judged, label_ids is not None, hooks)
-    finally:
-        stepper.close()
-    with torch.no_grad():
-        for weight, kept in zip(stepper.trained, best, strict=bool(best)):
-            weight.copy_(kept)
-    model.eval()
-    return metrics(position, examples, retrain)

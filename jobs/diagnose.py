@@ -31,10 +31,10 @@ from engine.checkpoints import weights_hash
 from engine.errors import UserError
 from engine.evaluate.diagnostics import StoredProducts, diagnose_selection, projection_error, warnings
 from engine.evaluate.trajectory import trajectory as fidelity
+from engine.losses import label_rows
 from engine.rundir import DIAGNOSTICS, METRICS, SELECTION, STAGES, fingerprint
 from engine.store import GradientStore
 from engine.target import choose_target
-from engine.training import label_rows
 from jobs.distances import true_set
 from jobs.job import Job
 from jobs.options import parse_spec, spec_parser

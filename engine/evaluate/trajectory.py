@@ -17,9 +17,9 @@ import transformers
 from engine.checkpoints import Endpoints
 from engine.encode import Ragged, length_batches, pad
 from engine.errors import UserError
+from engine.losses import document_losses
 from engine.models import load_model
 from engine.target import Target
-from engine.training import document_losses
 
 SYNTHETIC = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Fractions of the way at which synthetic checkpoints are looked at."""

@@ -38,11 +38,14 @@ ROW_BYTES = 33
 per row) the sum that these are of and the columns that the row knows."""
 
 _SINGLE, _DOUBLE = 2.0**-24, 2.0**-53  # unit roundoffs
-_BOUND_ROWS = 1 << 15  # rows bounded at once, so that their numbers stay in the core's cache
+_BOUND_ROWS = (
+    1 << 13
+)  # rows bounded at once: their numbers stay in the core's cache, and threads end together
 _COORDS = 1 << 17  # coordinates converted to float32 at once, likewise
 _UNIT = 2.0**-15  # of the coordinates zq, kept as int16
 _STALE_SHARE = 4  # a row gathered costs about as much as this many rows in sequence
 _SUMS = 64  # earlier sums that stale bounds may refer to
+_TAUGHT = 32  # columns added in memory, of which one is replaced rather than one that all rows know
 _LEAST = 1e-6  # a direction of which Q leaves less is not worth a column
 
 
@@ -110,6 +113,8 @@ class SubspaceIndex:
     def extend(self, directions: Floats) -> None:
         """Add columns to Q by one streaming pass; where capacity ends they replace those that s uses least.
 
+        The pass also gives every row its coordinates along the columns that were added in memory.
+
         Args:
             directions: (P, d, m), orthonormal to one another and to Q's columns (`complement`); at most a
                 quarter of the capacity is replaced, the rest of them is left out.
@@ -120,28 +125,37 @@ class SubspaceIndex:
         used = (self._weights[:, : self.size] ** 2).sum(axis=0)
         replaced = np.argsort(used, kind="stable")[:surplus]
         columns = np.concatenate([replaced, np.arange(self.size, self.size + directions.shape[2] - surplus)])
-        first, wrong = self.size == 0, self._place(columns, directions, lesson=0)
+        first = self.size == 0
+        self.lessons += 1
+        wrong = self._place(columns, directions, self.lessons)
+        columns = np.flatnonzero(self._lesson)
+        taught = self._lesson[columns]
 
         def add(piece: tuple[slice, RowBlock]) -> None:
             at, block = piece
             part = slice(at.start - self.start, at.stop - self.start)
+            known = taught <= self._knows[part, None]
             for j in range(self.rows.n_checkpoints):
-                z = self._project(block, j, part, directions[j], first)
-                self._coords[j][part, columns] = self._settle(j, part, z, float(wrong[j]))
+                z = self._project(block, j, part, self.basis[j, columns].T, first)
+                z[known] = 0
+                self._coords[j][part, columns] += self._settle(j, part, z, float(wrong[j]))
 
         pieces = stream(self.rows, self.start, self.stop)
         while together := list(itertools.islice(pieces, self._at_once)):
             self._each(add, together)
+        self._lesson[:] = self._knows[:] = self.lessons = 0
         self._sums = self._sums[:, :0]
 
     def follow(self, sums: Floats) -> None:
         """Add to Q what it leaves of the running sum (P, d), for rows to `learn`; where capacity ends, in place
-        of the column added so that the sum uses least."""
+        of the column that the sum uses least: one added so while there are some, for those few rows know."""
         rest = self._outside(self._outside(self.query(sums).unit[:, :, None]))
         length = np.linalg.norm(rest, axis=1, keepdims=True)
-        added = np.flatnonzero(self._lesson) if self.size == self.capacity else np.array([self.size])
-        if added.size == 0 or not (length > _LEAST).all():
+        if not (length > _LEAST).all():
             return
+        added = np.flatnonzero(self._lesson) if self.size == self.capacity else np.array([self.size])
+        if added.size < _TAUGHT and self.size == self.capacity:
+            added = np.arange(self.size)
         least = added[[int(np.argmin((self._weights[:, added] ** 2).sum(axis=0)))]]
         self.lessons += 1
         self._place(least, self._outside(rest / length), self.lessons)
@@ -303,13 +317,14 @@ class SubspaceIndex:
     def _fresh_cosine(self, query: Query, j: int, part: slice | Ints) -> tuple[Floats, Floats]:
         """h.s_j of some rows and the radius within which it is certain."""
         coords = self._coords[j][part]  # a view of a slice, a copy of chosen rows
-        along, step = np.empty(coords.shape[0]), max(1, _COORDS // self.capacity)
+        coords, weights = coords[:, : self.size], query.weights[j, : self.size]
+        along, step = np.empty(coords.shape[0]), max(1, _COORDS // self.size)
         # einsum and not BLAS, whose threads, woken for every small product, wait on one another.
-        single = np.empty((min(step, along.size), self.capacity), np.float32)
+        single = np.empty((min(step, along.size), self.size), np.float32)
         for low in range(0, along.size, step):
             piece = single[: min(step, along.size - low)]
             piece[...] = coords[low : low + step]
-            along[low : low + step] = np.einsum("nr,r->n", piece, query.weights[j])
+            along[low : low + step] = np.einsum("nr,r->n", piece, weights)
         q, rho = self._q[j, part].astype(np.float64), self._rho[j, part].astype(np.float64)
         outside = query.outside[j][self._knows[part]]
         return along, q * query.inside[j] + rho * outside + query.slack[j]

@@ -21,9 +21,9 @@ from engine.encode import IGNORE, Encoder
 from engine.errors import UserError
 from engine.examples import StoredExamples, load_examples
 from engine.models import load_model, load_tokenizer
+from engine.plain_stepper import train_plain
 from engine.soft import soft_labels
 from engine.spec import Retrain, Task
-from engine.training import train_plain
 
 TASK = Task(labels=tiny.LABELS, max_tokens=32)
 TEXTS = Task(kind="language_modelling", max_tokens=32)

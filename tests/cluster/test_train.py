@@ -26,9 +26,9 @@ from engine.encode import Encoder
 from engine.errors import UserError
 from engine.examples import load_examples
 from engine.models import load_model, load_tokenizer, torch_dtype
+from engine.plain_stepper import train_plain
 from engine.spec import Retrain, Task
 from engine.storage import Folder
-from engine.training import train_plain
 
 TASK = Task(labels=tiny.LABELS, max_tokens=32)
 DOCUMENTS = 37

@@ -15,8 +15,8 @@ from engine.encode import Encoder
 from engine.errors import UserError
 from engine.examples import load_examples
 from engine.models import load_model, load_tokenizer, resolve
+from engine.plain_stepper import train_plain
 from engine.spec import Lora, Retrain, Task
-from engine.training import train_plain
 
 TASK = Task(labels=tiny.LABELS, max_tokens=32)
 PROBE = torch.arange(20)[None]

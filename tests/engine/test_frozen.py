@@ -21,9 +21,9 @@ from engine.experiment.base import changed_base
 from engine.experiment.grid import Base
 from engine.frozen import frozen_states
 from engine.models import load_model, load_tokenizer
+from engine.plain_stepper import train_plain
 from engine.recipe import prepare
 from engine.spec import Retrain, Task
-from engine.training import train_plain
 
 TASK = Task(labels=tiny.LABELS, max_tokens=32)
 TEXTS = Task(kind="language_modelling", max_tokens=32)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from engine.encode import IGNORE, Encoder, Ragged, pack, pad
 from engine.errors import UserError
 from engine.examples import load_examples
+from engine.losses import document_losses
 from engine.models import load_model, load_tokenizer
+from engine.plain_stepper import train_plain
 from engine.spec import Retrain, Task
-from engine.training import document_losses, train_plain
 
 
 @pytest.fixture(scope="module")

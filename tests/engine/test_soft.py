@@ -15,10 +15,11 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from engine.encode import IGNORE, Encoder, Ragged, Soft, pad
 from engine.examples import load_examples
+from engine.losses import document_losses
 from engine.models import load_model, load_tokenizer
+from engine.plain_stepper import train_plain
 from engine.soft import soft_cross_entropy, soft_labels
 from engine.spec import Retrain, Task
-from engine.training import document_losses, train_plain
 
 TEXTS = Task(kind="language_modelling", max_tokens=32)
 

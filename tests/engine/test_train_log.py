@@ -23,10 +23,10 @@ from engine.encode import Encoder
 from engine.errors import UserError
 from engine.examples import load_examples
 from engine.models import load_model, load_tokenizer
+from engine.plain_stepper import train_plain
 from engine.spec import Retrain, Task
 from engine.storage import Folder
 from engine.train_log import TrainLog
-from engine.training import train_plain
 
 
 def line(step: int, loss: float = 1.0) -> dict:
@@ -117,8 +117,8 @@ def test_a_trainings_lines_say_what_its_steps_did(tmp_path: Path, tiny_base: str
     assert [e["validation_loss"] for e in evaluations] == [v["loss"] for v in result["validation"]]
 
     from engine.encode import pad
+    from engine.losses import document_losses
     from engine.recipe import epoch_order
-    from engine.training import document_losses
 
     fresh = load_model(tiny_base, torch.float32)
     first = pad(examples, epoch_order(20, 0, 0)[:8])

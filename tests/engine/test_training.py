@@ -17,10 +17,11 @@ from engine import training
 from engine.encode import IGNORE, Encoder, Ragged, pad
 from engine.errors import UserError
 from engine.examples import load_examples
+from engine.losses import document_losses
 from engine.models import find_head, load_model, load_tokenizer
+from engine.plain_stepper import PlainStepper, train_plain
 from engine.recipe import epoch_order, learning_rate, passes_per_step, prepare, require_dtype, worker_share
 from engine.spec import Retrain, Task
-from engine.training import PlainStepper, document_losses, train_plain
 
 TASK = Task(labels=tiny.LABELS, max_tokens=32)
 TEXTS = Task(kind="language_modelling", max_tokens=32)

@@ -12,8 +12,8 @@ from engine.encode import Encoder, Ragged
 from engine.errors import UserError
 from engine.examples import load_examples
 from engine.models import load_model, load_tokenizer
+from engine.plain_stepper import train_plain
 from engine.spec import Retrain, Task
-from engine.training import train_plain
 
 SENTENCES = tiny.sentences(4)
 

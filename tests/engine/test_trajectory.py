@@ -15,10 +15,10 @@ from engine.encode import Encoder, pad
 from engine.errors import UserError
 from engine.evaluate.trajectory import mean_gradient, trajectory
 from engine.examples import load_examples
+from engine.losses import document_losses, label_rows
 from engine.models import load_model, load_tokenizer, save
 from engine.spec import RunSpec
 from engine.target import choose_target
-from engine.training import document_losses, label_rows
 
 
 def spec(base: str, finetuned: str, **gradients: object) -> RunSpec:

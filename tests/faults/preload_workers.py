@@ -8,7 +8,7 @@ import cluster.extract
 import cluster.select
 import cluster.train_worker
 import engine.gradients
-import engine.training
+import engine.plain_stepper
 import faults.preload
 
 __all__ = ["cluster", "deepspeed", "engine", "faults", "transformers", "zarr"]
