@@ -25,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import pyarrow.parquet as pq
 
-from engine.models import resolve
+from engine.sources import resolve
 from engine.spec import RunSpec
 from jobs.demo import gguf
 from jobs.finetune import fine_tune

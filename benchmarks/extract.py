@@ -47,10 +47,13 @@ import transformers
 
 from engine.batches import LossBatch, loss_batch
 from engine.checkpoints import Endpoints
-from engine.encode import Encoder, Ragged, length_batches
+from engine.encode import Encoder
 from engine.gradients import GradientEngine
-from engine.models import load_tokenizer, resolve
+from engine.models import load_tokenizer
+from engine.padding import length_batches
+from engine.ragged import Ragged
 from engine.rundir import DONE
+from engine.sources import resolve
 from engine.spec import RunSpec
 from engine.target import choose_target
 from jobs.demo import gguf

@@ -43,11 +43,15 @@ import torch
 from torch import Tensor
 
 from engine.checkpoints import Endpoints
-from engine.encode import IGNORE, Encoder, Ragged, length_batches, pad
+from engine.encode import Encoder
 from engine.gradients import GradientEngine
 from engine.layers import LayerHooks
-from engine.models import load_model, load_tokenizer, resolve, save
+from engine.model_files import save
+from engine.models import load_model, load_tokenizer
+from engine.padding import length_batches, pad
 from engine.projection import LayerShape, Projector, make_projector
+from engine.ragged import IGNORE, Ragged
+from engine.sources import resolve
 from engine.spec import RunSpec
 from engine.target import choose_target
 from jobs.demo import gguf

@@ -51,7 +51,7 @@ class Bench:
     """Model, documents and a folder for what is trained."""
 
     def __init__(self, folder: Path, steps: int, model: str | None) -> None:
-        from engine.models import resolve
+        from engine.sources import resolve
         from jobs.demo import gguf
 
         self.folder, self.steps, self.made = folder, steps, 0
@@ -77,7 +77,8 @@ class Bench:
         """A model of the lowest blocks alone, for what needs many trainings and no speed."""
         import transformers
 
-        from engine.models import load_tokenizer, save
+        from engine.model_files import save
+        from engine.models import load_tokenizer
 
         folder = str(self.folder / f"lowest-{count}")
         model = transformers.AutoModelForCausalLM.from_pretrained(self.base, num_hidden_layers=count)
@@ -111,9 +112,10 @@ def bare_steps(base: str, selection: str, dtype: str) -> Iterator[None]:
     import pyarrow.parquet as pq
     import torch
 
-    from engine.encode import Encoder, pad
+    from engine.encode import Encoder
     from engine.examples import load_examples
     from engine.models import load_model, load_tokenizer, torch_dtype
+    from engine.padding import pad
     from engine.recipe import epoch_order, learning_rate
 
     retrain = recipe(dtype=dtype)
@@ -363,7 +365,8 @@ def _worker(rank: int, port: int, base: str, retrain: Retrain, folder: str) -> N
 
     from cluster.deepspeed_stepper import DeepSpeedStepper
     from cluster.single_stepper import SingleStepper
-    from engine.encode import Ragged, pad
+    from engine.padding import pad
+    from engine.ragged import Ragged
 
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)

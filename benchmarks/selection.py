@@ -54,7 +54,8 @@ def states(folder: Path, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
     path = folder / f"states-{share}.npz"
     if not path.exists():
-        from engine.models import load_model, resolve
+        from engine.models import load_model
+        from engine.sources import resolve
         from jobs.demo import gguf
 
         source = resolve(gguf(), str(folder / "smollm2"))

@@ -22,9 +22,9 @@ import torch.distributed as dist
 import transformers
 
 from cluster.deepspeed_config import deepspeed_config, fit_buckets
-from engine.encode import Batch
 from engine.losses import document_scores
 from engine.models import load_model
+from engine.padding import Batch
 from engine.recipe import make_optimizer, prepare, require_dtype
 from engine.spec import Retrain
 

@@ -32,9 +32,10 @@ from cluster.session import gpus_per_worker
 from engine import memory
 from engine.checkpoints import Endpoints
 from engine.corpus import Plan, read_partition
-from engine.encode import Encoder, Ragged, spec_encoder
+from engine.encode import Encoder, spec_encoder
 from engine.errors import UserError, first_line
 from engine.gradients import GradientEngine, PartitionGradients
+from engine.ragged import Ragged
 from engine.rundir import RunDir
 from engine.spec import Extract, RunSpec
 from engine.store import GradientStore

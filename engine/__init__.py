@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from engine.evaluate.task import TestSet, evaluate_model
     from engine.examples import load_examples
     from engine.gradients import GradientEngine
-    from engine.models import load_model, load_tokenizer, resolve
+    from engine.models import load_model, load_tokenizer
     from engine.plain_stepper import train_plain
     from engine.projection import make_projector
     from engine.rows import ArrayRows
     from engine.rundir import RunDir
+    from engine.sources import resolve
     from engine.spec import RunSpec
     from engine.store import GradientStore
     from engine.target import Target, choose_target
@@ -42,7 +43,7 @@ _WHERE = {
     "load_model": "models",
     "load_tokenizer": "models",
     "make_projector": "projection",
-    "resolve": "models",
+    "resolve": "sources",
     "spec_encoder": "encode",
     "train_plain": "plain_stepper",
 }

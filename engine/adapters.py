@@ -15,7 +15,8 @@ import transformers
 from safetensors.torch import save_file
 
 from engine.errors import UserError, first_line, install
-from engine.models import load_model, load_tokenizer, save, written_whole
+from engine.model_files import save, written_whole
+from engine.models import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from engine.spec import Retrain

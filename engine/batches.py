@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.encode import IGNORE, Ragged, length_batches, pad
 from engine.errors import UserError
+from engine.padding import length_batches, pad
+from engine.ragged import IGNORE, Ragged
 
 CPU_TOKENS = 4096
 """Tokens of a batch on a CPU: larger ones are no faster, and their activations leave the cache."""

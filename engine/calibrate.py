@@ -21,11 +21,13 @@ import torch
 
 from engine.checkpoints import Endpoints
 from engine.corpus import Plan, read_rows
-from engine.encode import Encoder, Ragged, joined, length_batches
+from engine.encode import Encoder
 from engine.gradients import GradientEngine, PartitionGradients
 from engine.losses import label_rows
 from engine.models import load_model, torch_dtype
+from engine.padding import length_batches
 from engine.plain_stepper import train_plain
+from engine.ragged import Ragged, joined
 from engine.rows import ArrayRows
 from engine.rundir import RunDir
 from engine.select import Columns, select

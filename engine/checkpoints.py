@@ -18,7 +18,8 @@ import transformers
 from safetensors import safe_open
 
 from engine.errors import UserError
-from engine.models import load_config, load_tokenizer, require_safetensors, shards
+from engine.model_files import require_safetensors, shards
+from engine.models import load_config, load_tokenizer
 from engine.placement import is_packed, pack, weights
 
 CHUNK_BYTES = 64 << 20

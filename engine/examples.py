@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from engine.encode import Encoder, Ragged, Soft, joined
+from engine.encode import Encoder
 from engine.errors import UserError, first_line
+from engine.ragged import Ragged, Soft, joined
 from engine.storage import Folder
 
 INDEX = "index.json"

@@ -20,9 +20,10 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from engine.encode import Ragged, length_batches, pad
 from engine.errors import UserError, first_line
-from engine.models import hidden_states
+from engine.head import hidden_states
+from engine.padding import length_batches, pad
+from engine.ragged import Ragged
 from engine.rundir import fingerprint
 
 TOKENS_PER_BATCH = 4096
@@ -53,7 +54,7 @@ class Frozen:
     below: int
 
     def entering(self, members: npt.NDArray[np.int64]) -> Entering:
-        """The states of the given documents as `engine.encode.pad` lays them out."""
+        """The states of the given documents as `engine.padding.pad` lays them out."""
         spans = [self.states[self.offsets[i] : self.offsets[i + 1]] for i in members]
         return Entering(torch.nn.utils.rnn.pad_sequence(spans, batch_first=True), self.below)
 
@@ -90,7 +91,7 @@ _kept: OrderedDict[str, Frozen] = OrderedDict()
 
 
 def states_above(model: transformers.PreTrainedModel, entering: Entering) -> torch.Tensor:
-    """`engine.models.hidden_states` of the documents whose states these are: the blocks from `below` up alone."""
+    """`engine.head.hidden_states` of the documents whose states these are: the blocks from `below` up alone."""
     with _skipped(model, entering.below):
         return model.base_model(inputs_embeds=entering.states, use_cache=False).last_hidden_state
 

@@ -18,14 +18,16 @@ import torch
 
 from engine.batches import Batches, LossBatch, tokens_per_batch
 from engine.checkpoints import Endpoints
-from engine.encode import IGNORE, Encoder, Ragged
+from engine.encode import Encoder
+from engine.head import Head, check_head, compile_body, find_head, hidden_states
 from engine.labels import best_labels
 from engine.last_layer import LastLayer, Result
 from engine.layers import LayerHooks
 from engine.memory import keep_freed_memory
-from engine.models import Head, check_head, compile_body, find_head, hidden_states, load_model, torch_dtype
+from engine.models import load_model, torch_dtype
 from engine.placement import Place, entry_device
 from engine.projection import Projector
+from engine.ragged import IGNORE, Ragged
 from engine.spec import RunSpec
 from engine.target import Target
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.models import Head
+from engine.head import Head
 
 
 def best_labels(head: Head, hidden: torch.Tensor, label_ids: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.models import Head
+from engine.head import Head
 from engine.projection import Projector, State
 from engine.projection.tensorsketch import Groups, group_sums
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 import transformers
 
-from engine.encode import IGNORE, PENDING, Batch, Encoder
+from engine.encode import Encoder
 from engine.frozen import states_above
-from engine.models import find_head, hidden_states
+from engine.head import find_head, hidden_states
+from engine.padding import Batch
+from engine.ragged import IGNORE, PENDING
 from engine.soft import soft_cross_entropy
 
 

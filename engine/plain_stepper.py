@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import transformers
 
-from engine.encode import Batch
 from engine.examples import Examples
 from engine.losses import document_scores
+from engine.padding import Batch
 from engine.recipe import make_optimizer, prepare, require_dtype
 from engine.spec import Retrain
 from engine.training import Hooks, Position, Progress, fit, metrics

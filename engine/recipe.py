@@ -17,7 +17,8 @@ import transformers
 
 from engine.adapters import add_adapters
 from engine.errors import UserError
-from engine.models import find_head, torch_dtype
+from engine.head import find_head
+from engine.models import torch_dtype
 from engine.spec import Retrain
 
 

@@ -81,7 +81,7 @@ class ShardRows:
         """A whole chunk into `out` (chunk_rows, dim), its checksum compared."""
         self._require(chunk)
         data, check = out.reshape(-1).view(np.uint8), bytearray(_CRC)
-        got = os.preadv(file, [memoryview(data), check], int(self._at[chunk]))
+        got = os.preadv(file, [data.data, check], int(self._at[chunk]))
         if got != self._length[chunk] or google_crc32c.value(data) != int.from_bytes(check, "little"):
             raise ValueError(_mismatch(f"chunk {chunk}", self.path))
         self._checked[chunk] = True

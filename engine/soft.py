@@ -13,8 +13,9 @@ import numpy as np
 import torch
 import transformers
 
-from engine.encode import IGNORE, Ragged, Soft, length_batches, pad
-from engine.models import find_head, hidden_states
+from engine.head import find_head, hidden_states
+from engine.padding import length_batches, pad
+from engine.ragged import IGNORE, Ragged, Soft
 
 CHUNK_LOGITS = 1 << 24
 """Logits held at a time (64 MiB in float32), whatever the vocabulary."""

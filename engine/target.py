@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.checkpoints import Endpoints, embedding_names
 from engine.errors import UserError
+from engine.head import find_head
 from engine.layers import matching_layers
-from engine.models import find_head, load_config
+from engine.models import load_config
 from engine.placement import packing_error
 from engine.projection import LayerShape, Projector, choose_kind, make_projector
 from engine.spec import LoadIn, RunSpec

@@ -23,11 +23,11 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from engine.encode import Batch, length_batches, pack, pad
 from engine.errors import UserError, first_line
 from engine.examples import Examples
 from engine.frozen import Frozen, frozen_states, require_constant
 from engine.models import torch_dtype
+from engine.padding import Batch, length_batches, pack, pad
 from engine.recipe import epoch_order, learning_rate, passes_per_step, worker_share
 from engine.spec import Retrain
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.errors import UserError
-from engine.models import resolve
+from engine.sources import resolve
 from engine.spec import RunSpec
 from jobs.docstrings import docstrings
 from jobs.finetune import fine_tune

@@ -11,8 +11,9 @@ from engine.errors import UserError
 from engine.evaluate.comparison import metrics
 from engine.evaluate.task import evaluate_model
 from engine.experiment.grid import Judged
-from engine.models import load_model, resolve, torch_dtype
+from engine.models import load_model, torch_dtype
 from engine.rundir import METRICS
+from engine.sources import resolve
 from engine.spec import Retrain
 from jobs.distances import distances, true_set
 from jobs.job import Job, local_copy

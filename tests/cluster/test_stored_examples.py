@@ -17,11 +17,12 @@ import torch
 from cluster.examples import stored_examples
 from cluster.train import TrainJob, train_many
 from engine.chat import chat_text
-from engine.encode import IGNORE, Encoder
+from engine.encode import Encoder
 from engine.errors import UserError
 from engine.examples import StoredExamples, load_examples
 from engine.models import load_model, load_tokenizer
 from engine.plain_stepper import train_plain
+from engine.ragged import IGNORE
 from engine.soft import soft_labels
 from engine.spec import Retrain, Task
 

@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 
 from cluster.checkpoints import Checkpoints
 from cluster.single_stepper import STATE, SingleStepper
-from engine.encode import Encoder, Ragged, pad
+from engine.encode import Encoder
 from engine.errors import UserError
 from engine.estimate import ModelSize, checkpoint_bytes
 from engine.examples import load_examples
 from engine.models import load_tokenizer
+from engine.padding import pad
+from engine.ragged import Ragged
 from engine.spec import Retrain, RunSpec, Task
 from engine.storage import Folder
 from engine.training import Hooks, Position, fit

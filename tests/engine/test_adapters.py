@@ -14,8 +14,9 @@ from engine.adapters import save_trained_adapter
 from engine.encode import Encoder
 from engine.errors import UserError
 from engine.examples import load_examples
-from engine.models import load_model, load_tokenizer, resolve
+from engine.models import load_model, load_tokenizer
 from engine.plain_stepper import train_plain
+from engine.sources import resolve
 from engine.spec import Lora, Retrain, Task
 
 TASK = Task(labels=tiny.LABELS, max_tokens=32)

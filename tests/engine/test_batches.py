@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batches import GPU_TOKENS, Batches, LossBatch, loss_batch, tokens_per_batch, tokens_that_fit
-from engine.encode import IGNORE, Ragged
 from engine.errors import UserError
+from engine.ragged import IGNORE, Ragged
 
 
 def documents(lengths: list[int], seed: int = 0) -> Ragged:

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.chat import chat_text, cut_chat, dump_chat, load_chat, readable, render
-from engine.encode import IGNORE, Encoder
+from engine.encode import Encoder
 from engine.errors import UserError
+from engine.ragged import IGNORE
 from engine.spec import Task
 
 PLAIN = (

@@ -13,7 +13,8 @@ import tiny
 from engine.errors import UserError
 from engine.evaluate.distances import Documents, compare_sets, nearest, transport, vocabulary
 from engine.evaluate.embedding import Embedder, embedder_folder
-from engine.models import hidden_states, load_model, load_tokenizer
+from engine.head import hidden_states
+from engine.models import load_model, load_tokenizer
 
 pytest.importorskip("ot")
 pytest.importorskip("rapidfuzz")

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from engine.encode import IGNORE, PENDING, Encoder, Ragged, label_token_ids, length_batches, pad
+from engine.encode import Encoder, label_token_ids
 from engine.errors import UserError
+from engine.padding import length_batches, pad
+from engine.ragged import IGNORE, PENDING, Ragged
 from engine.spec import Task
 
 TOKENIZER = tiny.tokenizer()

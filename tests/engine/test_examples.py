@@ -13,10 +13,11 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.encode import Encoder, Ragged, Soft
+from engine.encode import Encoder
 from engine.errors import UserError
 from engine.examples import INDEX, StoredExamples, load_examples, write_index, write_part
 from engine.models import load_tokenizer
+from engine.ragged import Ragged, Soft
 from engine.spec import Task
 from engine.storage import Folder
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from engine import frozen
-from engine.encode import Encoder, Ragged
+from engine.encode import Encoder
 from engine.errors import UserError
 from engine.evaluate.task import TestSet, evaluate_model
 from engine.examples import load_examples
@@ -22,6 +22,7 @@ from engine.experiment.grid import Base
 from engine.frozen import frozen_states
 from engine.models import load_model, load_tokenizer
 from engine.plain_stepper import train_plain
+from engine.ragged import Ragged
 from engine.recipe import prepare
 from engine.spec import Retrain, Task
 

@@ -15,7 +15,8 @@ from engine.checkpoints import Endpoints
 from engine.encode import Encoder
 from engine.errors import UserError
 from engine.gradients import GradientEngine, PartitionGradients
-from engine.models import hidden_states, load_model, load_tokenizer
+from engine.head import hidden_states
+from engine.models import load_model, load_tokenizer
 from engine.projection import Projector, make_projector
 from engine.spec import RunSpec
 from engine.target import choose_target

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.head import Head
 from engine.last_layer import LastLayer, Result, token_chunks
-from engine.models import Head
 from engine.projection import LayerShape, Projector, make_projector
 
 

@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from engine.checkpoints import Endpoints
-from engine.encode import IGNORE, Encoder
+from engine.encode import Encoder
 from engine.errors import UserError
 from engine.gradients import GradientEngine
 from engine.layers import matching_layers
 from engine.models import load_model, load_tokenizer
+from engine.ragged import IGNORE
 from engine.spec import RunSpec
 from engine.target import choose_target
 

@@ -15,17 +15,10 @@ import transformers
 
 from engine.checkpoints import Endpoints
 from engine.errors import UserError
-from engine.models import (
-    CONVERTED,
-    check_head,
-    find_head,
-    hidden_states,
-    load_model,
-    load_tokenizer,
-    require_safetensors,
-    resolve,
-    save,
-)
+from engine.head import check_head, find_head, hidden_states
+from engine.model_files import require_safetensors, save
+from engine.models import load_model, load_tokenizer
+from engine.sources import CONVERTED, resolve
 
 IDS = torch.arange(24).reshape(2, 12) * 17 % 300
 

@@ -12,12 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.encode import IGNORE, Encoder, Ragged, pack, pad
+from engine.encode import Encoder
 from engine.errors import UserError
 from engine.examples import load_examples
 from engine.losses import document_losses
 from engine.models import load_model, load_tokenizer
+from engine.padding import pack, pad
 from engine.plain_stepper import train_plain
+from engine.ragged import IGNORE, Ragged
 from engine.spec import Retrain, Task
 
 

@@ -17,8 +17,9 @@ from engine.checkpoints import Endpoints
 from engine.encode import Encoder
 from engine.errors import UserError
 from engine.gradients import GradientEngine, PartitionGradients
-from engine.models import is_quantised, load_model, load_tokenizer, resolve
+from engine.models import load_model, load_tokenizer
 from engine.placement import loading_options, packing_error
+from engine.sources import is_quantised, resolve
 from engine.spec import RunSpec
 from engine.target import choose_target
 

@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, kl_div
 
-from engine.encode import IGNORE, Encoder, Ragged, Soft, pad
+from engine.encode import Encoder
 from engine.examples import load_examples
 from engine.losses import document_losses
 from engine.models import load_model, load_tokenizer
+from engine.padding import pad
 from engine.plain_stepper import train_plain
+from engine.ragged import IGNORE, Ragged, Soft
 from engine.soft import soft_cross_entropy, soft_labels
 from engine.spec import Retrain, Task
 

@@ -116,8 +116,8 @@ def test_a_trainings_lines_say_what_its_steps_did(tmp_path: Path, tiny_base: str
     assert [entry["step"] for entry in evaluations] == [4, 8, 9], "every four steps, and at the end"
     assert [e["validation_loss"] for e in evaluations] == [v["loss"] for v in result["validation"]]
 
-    from engine.encode import pad
     from engine.losses import document_losses
+    from engine.padding import pad
     from engine.recipe import epoch_order
 
     fresh = load_model(tiny_base, torch.float32)

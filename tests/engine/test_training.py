@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from engine import training
-from engine.encode import IGNORE, Encoder, Ragged, pad
+from engine.encode import Encoder
 from engine.errors import UserError
 from engine.examples import load_examples
+from engine.head import find_head
 from engine.losses import document_losses
-from engine.models import find_head, load_model, load_tokenizer
+from engine.models import load_model, load_tokenizer
+from engine.padding import pad
 from engine.plain_stepper import PlainStepper, train_plain
+from engine.ragged import IGNORE, Ragged
 from engine.recipe import epoch_order, learning_rate, passes_per_step, prepare, require_dtype, worker_share
 from engine.spec import Retrain, Task
 

@@ -8,11 +8,12 @@ import pytest
 import tiny
 import torch
 
-from engine.encode import Encoder, Ragged
+from engine.encode import Encoder
 from engine.errors import UserError
 from engine.examples import load_examples
 from engine.models import load_model, load_tokenizer
 from engine.plain_stepper import train_plain
+from engine.ragged import Ragged
 from engine.spec import Retrain, Task
 
 SENTENCES = tiny.sentences(4)

@@ -11,12 +11,14 @@ import tiny
 import torch
 
 from engine.checkpoints import Endpoints
-from engine.encode import Encoder, pad
+from engine.encode import Encoder
 from engine.errors import UserError
 from engine.evaluate.trajectory import mean_gradient, trajectory
 from engine.examples import load_examples
 from engine.losses import document_losses, label_rows
-from engine.models import load_model, load_tokenizer, save
+from engine.model_files import save
+from engine.models import load_model, load_tokenizer
+from engine.padding import pad
 from engine.spec import RunSpec
 from engine.target import choose_target
 

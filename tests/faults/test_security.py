@@ -22,9 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from engine.checkpoints import Endpoints
 from engine.errors import UserError
-from engine.models import load_config, load_model, load_tokenizer, require_safetensors, resolve
+from engine.model_files import require_safetensors
+from engine.models import load_config, load_model, load_tokenizer
 from engine.rundir import RunDir
 from engine.select import open_features
+from engine.sources import resolve
 from engine.spec import RunSpec
 from engine.store import GradientStore, StoreShape
 from jobs.__main__ import main

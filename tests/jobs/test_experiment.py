@@ -33,7 +33,7 @@ from engine.store import GradientStore
 from engine.target import choose_target
 from jobs import rounds
 from jobs.__main__ import main
-from jobs.experiment import read_grid, recipes
+from jobs.grids import read_grid, recipes
 from jobs.job import Job
 from jobs.samples import write_samples
 from jobs.select import select_with
