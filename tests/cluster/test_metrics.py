@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import tiny
 
 from cluster.metrics import COUNTERS, GAUGES, Extraction, Picks, exported
 from engine.select import Columns, open_features, select
-from engine.spec import Select
+from engine.spec import RunSpec, Select
+from jobs.extract import extract
+from jobs.job import Job
+from jobs.select import select as select_stage
 
 DASHBOARD = Path(__file__).parents[2] / "cluster/launch/grafana.json"
 
@@ -71,6 +75,33 @@ def test_a_session_exports_what_a_run_tells(ray_session: None, tmp_path: Path) -
     assert wanted.keys() == exported()
     of_run = {f"{name}{{s3://bucket/run}}": value for name, value in wanted.items()}
     assert of_run.items() <= waited(of_run).items()
+
+
+@pytest.mark.slow
+def test_an_extraction_and_a_selection_tell_what_they_do(
+    ray_session: None, tmp_path: Path, tiny_base: str, tiny_finetuned: str, tiny_corpus: str
+) -> None:
+    fields = {
+        "run_dir": str(tmp_path / "run"),
+        "models": {"base": tiny_base, "finetuned": tiny_finetuned},
+        "corpus": {"paths": [tiny_corpus], "partition_rows": 64},
+        "task": {"labels": tiny.LABELS, "template": "{text} topic:", "max_tokens": 24},
+        "extract": {"workers_max": 1, "cpus_per_worker": 0.5, "threads": 1},
+        "select": {"size": 5},
+    }
+    job = Job(RunSpec.from_dict(fields), quiet=True)
+    tokens = extract(job)["tokens"]
+    result = select_stage(job)
+    run = f"{{{job.run.uri}}}"
+    wanted = {
+        f"ray_unbake_documents_total{run}": 200.0,
+        f"ray_unbake_tokens_total{run}": float(tokens),
+        f"ray_unbake_partitions_done{run}": 4.0,
+        f"ray_unbake_partitions_left{run}": 0.0,
+        f"ray_unbake_picks{run}": 5.0,
+        f"ray_unbake_objective{run}": result["objective"],
+    }
+    assert wanted.items() <= waited(wanted).items()
 
 
 def test_without_ray_nothing_is_recorded_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
