@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from engine.checkpoints import Endpoints
-from engine.corpus import Plan, read_rows
+from engine.corpus import Plan, read_partition, read_rows
 from engine.encode import Encoder
 from engine.gradients import GradientEngine, PartitionGradients
 from engine.losses import label_rows
@@ -73,7 +73,8 @@ class Calibration:
     """What was measured; costs are those of one process on this machine.
 
     documents: sampled. tokens, tokens_error: mean tokens of a document and its standard error. seek: reading
-    one run of RUN_ROWS documents somewhere in the corpus. encode: encoding a document. gradient: a document
+    one run of RUN_ROWS documents somewhere in the corpus. text: reading a document with its whole partition.
+    encode: encoding a document. gradient: a document
     at one checkpoint; timed: documents that it was measured on. interpolate: moving the model to
     another checkpoint. write: a document's rows. load: model, head and projector of a worker. read, fetch: a
     row of the store, streamed and by itself. index: a row. pick, pick_row: a pick is pick + rows * pick_row.
@@ -85,6 +86,7 @@ class Calibration:
     tokens: float
     tokens_error: float
     seek: float
+    text: Cost
     encode: Cost
     gradient: Cost
     timed: int
@@ -133,6 +135,8 @@ def calibrate(
         device: where gradients are taken: cpu, cuda, or auto for a model spread over several GPUs.
     """
     sample, seek, encode = _encode(spec, plan, encoder, SHARES["encode"] * seconds)
+    with Watch() as text:
+        documents = len(read_partition(plan, plan.n_partitions // 2, spec.corpus))
     encoder_bytes = psutil.Process().memory_info().rss
     one = spec.model_copy(update={"gradients": spec.gradients.model_copy(update={"checkpoints": [1.0]})})
     with Watch() as load:
@@ -160,6 +164,7 @@ def calibrate(
         tokens=float(lengths.mean()),
         tokens_error=float(lengths.std() / math.sqrt(len(lengths))),
         seek=seek,
+        text=text.cost * (1 / documents),
         encode=encode,
         gradient=gradient,
         timed=timed,

@@ -126,7 +126,7 @@ def extraction_seconds(spec: RunSpec, documents: int, c: Calibration, machine: M
     """Seconds of extraction: whichever binds, the gradient actors, the encoders, or the CPUs they share."""
     rows = spec.corpus.partition_rows
     actor = partition_cost(spec, c)
-    encoder = c.encode * rows + Cost(c.seek, c.seek)
+    encoder = (c.encode + c.text) * rows
     cpu = actor.cpu + encoder.cpu
     partitions = documents / rows
     binding = max(actor.wall / machine.workers, encoder.wall / machine.encoders, cpu / machine.cpus)

@@ -6,13 +6,12 @@ of ``z = Q^T h``. With ``e = h - Q zq``, s the unit running sum, ``w = Q^T s``, 
     h.s = zq.w + (Q^T e).w + e.s'   so   |h.s - zq.w| <= q ||w|| + rho ||s'||,   q >= ||Q^T e||, rho >= ||e||
 
 Bounds are sharpened in stages. The *stale* stage uses zq.w and its radius as they were for an earlier sum s0,
-each row's own: with ``s = a s0 + b``, h.s differs from a (h.s0) by h.b <= ||b||, a few operations per row
-whatever Q's size. The *leading* stage takes the part of h.b along Q's first columns A, which hold most of every
-row, from their coordinates: ``|h.b - zq.(A^T b)| <= q_A ||A^T b|| + ||h - A zq|| ||b - A A^T b||``. The *fresh*
-stage computes zq.w for the rows that these leave, and for all rows when those become many. What is left then is
-compared exactly, and a row once in memory also *learns* its coordinates along the columns that were added to Q
-since it was last looked at, such as the rest of the running sum: so Q follows the sum without a pass over the
-store, and each row is bounded with the columns that it knows. A pass teaches all rows all columns.
+each row's own: with ``s = a s0 + b``, h.s differs from a (h.s0) by at most ||b||, a few operations per row
+whatever Q's size. The *fresh* stage computes zq.w for the rows that the stale one leaves, and for all rows when
+those become many. What is left then is compared exactly, and a row once in memory also *learns* its coordinates
+along the columns that were added to Q since it was last looked at, such as the rest of the running sum: so Q
+follows the sum without a pass over the store, and each row is bounded with the columns that it knows. A pass
+teaches all rows all columns.
 Everything is bounded on unit vectors, so norms of any size are harmless. Rounding is covered as
 docs/selection.md says; it assumes that a matrix product is a sum of products in some order, with or without
 FMA, in the precision of its operands.
@@ -40,15 +39,13 @@ ROW_BYTES = 33
 per row) the sum that these are of and the columns that the row knows."""
 
 _SINGLE, _DOUBLE = 2.0**-24, 2.0**-53  # unit roundoffs
-_BOUND_ROWS = (
-    1 << 13
-)  # rows bounded at once: their numbers stay in the core's cache, and threads end together
+_BOUND_ROWS = 1 << 15  # rows bounded at once, so that their numbers stay in the core's cache
+_FRESH_ROWS = 1 << 13  # of them where each has coordinates to multiply, so that threads end together
 _COORDS = 1 << 17  # coordinates converted to float32 at once, likewise
 _UNIT = 2.0**-15  # of the coordinates zq, kept as int16
 _STALE_SHARE = 4  # a row gathered costs about as much as this many rows in sequence
 _SUMS = 64  # earlier sums that stale bounds may refer to
 _TAUGHT = 32  # columns added in memory, of which one is replaced rather than one that all rows know
-_LEADING = 32  # columns of the leading stage, at most half of the first ones; they are never replaced
 _LEAST = 1e-6  # a direction of which Q leaves less is not worth a column
 
 
@@ -59,7 +56,6 @@ class Query:
     unit: (P, d) s; norm: (P,) of the sum itself; cosine: cos(s, u); weights: (P, r) float32, Q^T s in zq's
     unit; inside, slack: (P,), ||w|| and the rounding of zq.w; outside: (P, 1 + lessons), ||s'|| for a row that
     knows so many of the columns added in memory; turn, drift: (P, sums), a and ||b|| of the stale stage.
-    leading: (P, A's columns), A^T s; turned, away: (P, sums, A's columns) and (P, sums), A^T b and ||b - A A^T b||.
     """
 
     unit: Floats
@@ -71,9 +67,6 @@ class Query:
     slack: Floats
     turn: Floats
     drift: Floats
-    leading: Floats
-    turned: Floats
-    away: Floats
 
 
 class SubspaceIndex:
@@ -101,8 +94,6 @@ class SubspaceIndex:
         self._coords = np.zeros((p, n, self.capacity), np.int16)
         self._alpha, self._q, self._rho, self._stale, self._radius = np.zeros((5, p, n), np.float32)
         self._sums = np.zeros((p, 0, rows.dim))  # that stale bounds are of
-        self._leading, self._leading_wrong = 0, np.zeros(p)  # columns of A; as `_wrong` of them alone
-        self._sums_leading = np.zeros((p, 0, 0))  # A^T of the sums
         self._sum_of = np.zeros(n, np.uint8)
         self._gathered = 0
         self.lessons = 0  # columns ever added in memory
@@ -132,7 +123,7 @@ class SubspaceIndex:
         directions = directions[:, :, : max(free, self.capacity // 4, 1)]
         surplus = max(0, directions.shape[2] - free)
         used = (self._weights[:, : self.size] ** 2).sum(axis=0)
-        replaced = self._leading + np.argsort(used[self._leading :], kind="stable")[:surplus]
+        replaced = np.argsort(used, kind="stable")[:surplus]
         columns = np.concatenate([replaced, np.arange(self.size, self.size + directions.shape[2] - surplus)])
         first = self.size == 0
         self.lessons += 1
@@ -153,9 +144,7 @@ class SubspaceIndex:
         while together := list(itertools.islice(pieces, self._at_once)):
             self._each(add, together)
         self._lesson[:] = self._knows[:] = self.lessons = 0
-        if first:
-            self._leading, self._leading_wrong = min(_LEADING, self.size // 2), self._wrong()
-        self._forget_sums()
+        self._sums = self._sums[:, :0]
 
     def follow(self, sums: Floats) -> None:
         """Add to Q what it leaves of the running sum (P, d), for rows to `learn`; where capacity ends, in place
@@ -166,7 +155,7 @@ class SubspaceIndex:
             return
         added = np.flatnonzero(self._lesson) if self.size == self.capacity else np.array([self.size])
         if added.size < _TAUGHT and self.size == self.capacity:
-            added = np.arange(self._leading, self.size)
+            added = np.arange(self.size)
         least = added[[int(np.argmin((self._weights[:, added] ** 2).sum(axis=0)))]]
         self.lessons += 1
         self._place(least, self._outside(rest / length), self.lessons)
@@ -196,7 +185,7 @@ class SubspaceIndex:
         before, replaced = self._wrong(), columns[columns < self.size]
         if replaced.size:
             give = lambda low: self._give_back(low, replaced, before)  # noqa: E731
-            self._each(give, self._pieces(self._knows.size))
+            self._each(give, range(0, self._knows.size, _BOUND_ROWS))
         self.basis[:, columns] = directions.transpose(0, 2, 1)
         self._lesson[columns] = lesson
         self.size = max(self.size, int(columns.max()) + 1)
@@ -225,10 +214,6 @@ class SubspaceIndex:
             self._rho[j, part] = _up(np.sqrt(rho * rho + back * (2 * q + (1 + wrong[j]) * back)))
             self._q[j, part] = _up(q + wrong[j] * back)
             self._coords[j][at] = 0
-
-    @staticmethod
-    def _pieces(count: int) -> range:
-        return range(0, count, _BOUND_ROWS)
 
     def _each(self, work: Callable[[T], None], items: Iterable[T]) -> None:
         """work(item) for every item, by all threads."""
@@ -284,79 +269,47 @@ class SubspaceIndex:
         # ||b||^2 = 1 - a^2 for s and s0 of norm 1; no more than that where one is zero.
         turn = np.einsum("prd,pd->pr", self._sums, unit)
         drift = np.sqrt(np.maximum(1 - turn * turn, 0) + 8 * self.margin) + 4 * _SINGLE
-        leading = w[:, : self._leading]
-        turned = leading[:, None] - turn[:, :, None] * self._sums_leading
-        # ||b - A A^T b||^2 = ||b||^2 - 2 ||A^T b||^2 + ||A A^T b||^2
-        along = np.einsum("psr,psr->ps", turned, turned)
-        loose = 8 * self.margin + 4 * self._leading_wrong
-        away = np.sqrt(np.maximum(1 - turn * turn - along, 0) + loose[:, None])
         weights = w.astype(np.float32) * np.float32(_UNIT)
-        cosine = unit @ self.u
-        return Query(
-            unit, norm, cosine, weights, inside + wrong, outside, slack, turn, drift, leading, turned, away
-        )
+        return Query(unit, norm, unit @ self.u, weights, inside + wrong, outside, slack, turn, drift)
 
     def stale(self, query: Query) -> Floats | None:
-        """Upper bounds of all rows (n,) from the last `fresh` of each; None when a fresh one of all is due."""
+        """Upper bounds of all rows (n,) from the last `fresh` of all; None when a fresh one is due."""
         if not 0 < self._sums.shape[1] < _SUMS or self._gathered * _STALE_SHARE > self.stop - self.start:
             return None
-        return self._bounds(query, None, self._stale_cosine)
-
-    def leading(self, query: Query, rows: Ints) -> Floats:
-        """Upper bounds of rows (m,), where `stale` gave some, from the leading coordinates of b as well."""
-        return self._bounds(query, rows, self._leading_cosine)
+        return self._bounds(query, None, fresh=False)
 
     def fresh(self, query: Query, rows: Ints | None = None) -> Floats:
         """Upper bounds on the canonical score, of the given rows (m,) or of all (n,), at the present sum."""
         if rows is None:
-            self._forget_sums()
+            self._sums, self._gathered = self._sums[:, :0], 0
         else:
             self._gathered += rows.size
         self._sums = np.concatenate([self._sums, query.unit[:, None]], axis=1)
-        self._sums_leading = np.concatenate([self._sums_leading, query.leading[:, None]], axis=1)
-        return self._bounds(query, rows, self._fresh_cosine)
+        return self._bounds(query, rows, fresh=True)
 
-    def _forget_sums(self) -> None:
-        self._sums, self._gathered = self._sums[:, :0], 0
-        self._sums_leading = np.zeros((self._nu.shape[0], 0, self._leading))
-
-    def _bounds(
-        self,
-        query: Query,
-        rows: Ints | None,
-        cosine: Callable[[Query, int, slice | Ints], tuple[Floats, Floats]],
-    ) -> Floats:
-        """Upper bounds of the given rows (m,) or of all (n,), by a stage's h.s of some rows and its radius."""
+    def _bounds(self, query: Query, rows: Ints | None, fresh: bool) -> Floats:
         out = np.empty(self._nu.shape[1] if rows is None else rows.size)
+        step = _FRESH_ROWS if fresh else _BOUND_ROWS
 
         def bound(low: int) -> None:
-            at = slice(low, min(low + _BOUND_ROWS, out.size))
+            at = slice(low, min(low + step, out.size))
             part = at if rows is None else rows[at]
             total = np.zeros(at.stop - low)
             for j in range(self._nu.shape[0]):
-                total += self._score_bound(query, j, part, *cosine(query, j, part))
+                if fresh:
+                    along, radius = self._fresh_cosine(query, j, part)
+                    self._stale[j, part], self._radius[j, part] = along, _up(radius)
+                else:
+                    turn, drift = query.turn[j][self._sum_of[part]], query.drift[j][self._sum_of[part]]
+                    along = self._stale[j, part] * turn
+                    radius = self._radius[j, part] * np.abs(turn) + drift
+                total += self._score_bound(query, j, part, along, radius)
             out[at] = total / self._nu.shape[0] + self.margin
+            if fresh:
+                self._sum_of[part] = self._sums.shape[1] - 1
 
-        self._each(bound, self._pieces(out.size))
+        self._each(bound, range(0, out.size, step))
         return out
-
-    def _stale_cosine(self, query: Query, j: int, part: slice | Ints) -> tuple[Floats, Floats]:
-        turn, drift = query.turn[j][self._sum_of[part]], query.drift[j][self._sum_of[part]]
-        return self._stale[j, part] * turn, self._radius[j, part] * np.abs(turn) + drift
-
-    def _leading_cosine(self, query: Query, j: int, part: slice | Ints) -> tuple[Floats, Floats]:
-        count, of = self._leading, self._sum_of[part]
-        coords = self._coords[j][part, :count].astype(np.float32) * np.float32(_UNIT)
-        turned = query.turned[j].astype(np.float32)[of]
-        along = self._stale[j, part] * query.turn[j][of] + np.einsum("nr,nr->n", coords, turned)
-        # What the int16 coordinates lost, and float32 sums of `count` products; ||zq|| <= 1.001.
-        wrong, single = float(self._leading_wrong[j]), 1.05 * (count + 8) * _SINGLE
-        lost = _UNIT * math.sqrt(count) + 2 * wrong
-        rest2 = np.maximum(1 - np.einsum("nr,nr->n", coords, coords), 0) + 2.01 * lost + 2 * wrong + single
-        length = _length(query.turned[j])
-        fixed = length * (lost + single) + 4 * _SINGLE
-        radius = self._radius[j, part] * np.abs(query.turn[j])[of]
-        return along, radius + np.sqrt(rest2) * query.away[j][of] + fixed[of]
 
     def _fresh_cosine(self, query: Query, j: int, part: slice | Ints) -> tuple[Floats, Floats]:
         """h.s_j of some rows and the radius within which it is certain."""
@@ -371,10 +324,7 @@ class SubspaceIndex:
             along[low : low + step] = np.einsum("nr,r->n", piece, weights)
         q, rho = self._q[j, part].astype(np.float64), self._rho[j, part].astype(np.float64)
         outside = query.outside[j][self._knows[part]]
-        radius = q * query.inside[j] + rho * outside + query.slack[j]
-        self._stale[j, part], self._radius[j, part] = along, _up(radius)
-        self._sum_of[part] = self._sums.shape[1] - 1
-        return along, radius
+        return along, q * query.inside[j] + rho * outside + query.slack[j]
 
     def _score_bound(self, query: Query, j: int, part: slice | Ints, along: Floats, radius: Floats) -> Floats:
         """Upper bounds on cos(s_j + g_ij, u) when h.s is along +- radius.

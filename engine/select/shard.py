@@ -144,17 +144,9 @@ class Shard:
         self._compare(self._seeds(bound), bound, step.sums)
         candidates = np.flatnonzero(bound >= self._best)
         if stale is not None:
-            for sharper in (self.index.leading, self.index.fresh):
-                bound[candidates] = np.minimum(bound[candidates], sharper(query, candidates))
-                candidates = candidates[bound[candidates] >= self._best]
-        candidates = candidates[np.argsort(-bound[candidates], kind="stable")]
-        size = 2 * _SEEDS
-        self.cache.load(candidates[:_AHEAD])
-        while candidates.size:
-            self._compare(candidates[:size], bound, step.sums)
-            candidates = candidates[size:]
+            bound[candidates] = np.minimum(bound[candidates], self.index.fresh(query, candidates))
             candidates = candidates[bound[candidates] >= self._best]
-            size = min(2 * size, BATCH)
+        self._exhaust(candidates, bound, step.sums)
         self._spent.append((time.perf_counter() - began) * max(0.0, 1 - _ANYWAY / self._compared))
         self._unfollowed += self._compared
         if self._unfollowed > _FOLLOW:
@@ -170,6 +162,24 @@ class Shard:
             rows_read=self.cache.rows_read - read,
             bytes_read=self.cache.bytes_read - nbytes,
         )
+
+    def _exhaust(self, candidates: Ints, bound: Floats, sums: Floats) -> None:
+        """Compare candidates in descending order of bound, until none is left that could win or tie.
+
+        The highest come first by themselves: what they find sets most of the others aside, unsorted.
+        """
+        highest, size = candidates, 2 * _SEEDS
+        if candidates.size > 2 * _AHEAD:
+            highest = candidates[np.argpartition(-bound[candidates], _AHEAD)[:_AHEAD]]
+        for group in (highest, candidates):
+            left = group[bound[group] >= self._best]
+            left = left[np.argsort(-bound[left], kind="stable")]
+            self.cache.load(left[:_AHEAD])
+            while left.size:
+                self._compare(left[:size], bound, sums)
+                left = left[size:]
+                left = left[bound[left] >= self._best]
+                size = min(2 * size, BATCH)
 
     def _seeds(self, bound: Floats) -> Ints:
         """The best rows of the last search, and the highest bounds of this one."""

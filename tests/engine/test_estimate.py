@@ -49,6 +49,7 @@ MEASURED = Calibration(
     tokens=100.0,
     tokens_error=1.0,
     seek=0.01,
+    text=Cost(3e-5, 3e-5),
     encode=Cost(1e-4, 1e-4),
     gradient=Cost(1e-2, 2e-3),
     timed=100,
@@ -163,7 +164,7 @@ def test_more_actors_help_until_something_else_binds() -> None:
 def test_cpus_that_actors_and_encoders_share_bind_together() -> None:
     shared = dataclasses.replace(MACHINE, gpu=False, workers=4, cpus=1, encoders=4)
     rows = 1_000_000
-    least = rows * (MEASURED.gradient.cpu + MEASURED.encode.cpu)
+    least = rows * (MEASURED.gradient.cpu + MEASURED.text.cpu + MEASURED.encode.cpu)
     assert extraction_seconds(spec(), rows, MEASURED, shared) > least
 
 

@@ -128,7 +128,7 @@ def compare_with_exact_greedy(rows, seed, kind, restart, balanced, bounds, ahead
 @settings(max_examples=150, deadline=None)
 @given(cases, st.sampled_from(["raw", "unit"]), st.integers(1, 30), st.integers(0, 20))
 def test_no_bound_is_below_the_score_it_bounds(case, kind, size, added):
-    """Fresh, stale, leading, learned and replaced columns' bounds alike, for any basis, orthonormal or not."""
+    """Fresh, stale, learned and replaced columns' bounds alike, for any basis, also one that is not orthonormal."""
     rows = hard_rows(**case)
     n, d, p = rows.n_rows, rows.dim, rows.n_checkpoints
     rng = np.random.default_rng(case["seed"])
@@ -146,7 +146,6 @@ def test_no_bound_is_below_the_score_it_bounds(case, kind, size, added):
         stale = index.stale(query)
         assert stale is None or (stale >= exact).all()
         some = rng.permutation(n)[: max(1, n // 2)]
-        assert stale is None or (index.leading(query, some) >= exact[some]).all()
         assert (index.fresh(query, some) >= exact[some]).all()
         if step % 2:
             assert (index.fresh(query) >= exact).all()
