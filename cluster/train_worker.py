@@ -83,6 +83,7 @@ def _train_one(
     from engine import training
     from engine.encode import Encoder
     from engine.examples import StoredExamples
+    from engine.losses import label_rows
     from engine.models import load_tokenizer
     from engine.recipe import passes_per_step
 
@@ -103,7 +104,7 @@ def _train_one(
     record = checkpoints.last()  # every worker comes here before one can build anything
     passes = passes_per_step(len(examples), job.retrain, world)
     stepper = _stepper(
-        job, training.label_rows(encoder), passes, device, bool(record) and record["workers"] != world
+        job, label_rows(encoder), passes, device, bool(record) and record["workers"] != world
     )
     try:
         position = training.Position()
@@ -220,7 +221,8 @@ def _load(checkpoints: Any, record: dict[str, Any], stepper: Any, world: int) ->
 def _export(job: TrainJob, stepper: Any, tokenizer: Any, target: str, metrics: dict[str, Any] | None) -> None:
     """Write the model as a Hugging Face folder, whole or not at all; every worker has to call it."""
     from cluster.agreement import agree
-    from engine import adapters, models
+    from engine import adapters
+    from engine.model_files import save
 
     state = stepper.gathered("lora_" if job.retrain.lora.rank else "")
     notes = {} if metrics is None else {DONE: json.dumps(metrics, indent=2, sort_keys=True)}
@@ -233,7 +235,7 @@ def _export(job: TrainJob, stepper: Any, tokenizer: Any, target: str, metrics: d
                             stepper.model, job.retrain, job.base, folder, state, notes, job.trust_remote_code
                         )
                     else:
-                        models.save(stepper.model, tokenizer, folder, state, notes)
+                        save(stepper.model, tokenizer, folder, state, notes)
                 except OSError as error:
                     raise UserError(f"cannot write the model {target}: {error.strerror or error}.") from None
 

@@ -12,11 +12,12 @@ import tiny
 import torch
 import transformers
 
-from engine import models, placement
+from engine import placement, sources
 from engine.checkpoints import Endpoints
 from engine.encode import Encoder
 from engine.errors import UserError
 from engine.gradients import GradientEngine, PartitionGradients
+from engine.model_files import save
 from engine.models import load_model, load_tokenizer
 from engine.placement import loading_options, packing_error
 from engine.sources import is_quantised, resolve
@@ -102,8 +103,8 @@ def test_packed_models_give_the_gradients_of_their_own_weights(
     found = run(engine)
     assert not found.problems
     model = engine.model.dequantize(dtype=torch.float32)
-    models._forget_quantisation(model)
-    models.save(model, load_tokenizer(pair[0]), str(tmp_path / "plain"))
+    sources._forget_quantisation(model)
+    save(model, load_tokenizer(pair[0]), str(tmp_path / "plain"))
     plain = run(make_engine((pair[0], str(tmp_path / "plain")), layers=layers))
     rows = [r.features[0].astype(np.float64) * r.scale[0][:, None] for r in (found, plain)]
     assert np.linalg.norm(rows[0] - rows[1]) <= near * np.linalg.norm(rows[1])

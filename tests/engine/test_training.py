@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from engine import training
 from engine.encode import Encoder
 from engine.errors import UserError
 from engine.examples import load_examples
 from engine.head import find_head
-from engine.losses import document_losses
+from engine.losses import document_losses, document_scores
 from engine.models import load_model, load_tokenizer
 from engine.padding import pad
 from engine.plain_stepper import PlainStepper, train_plain
@@ -354,7 +353,7 @@ def test_early_stopping_keeps_the_best_epoch(tiny_base: str, encoder: Encoder, e
     assert len(result["validation"]) <= best + 4, "patience"
     batch = pad(held_out, np.arange(len(held_out)))
     with torch.no_grad():
-        losses, hits = training.document_scores(model, batch, encoder.label_ids, hits=True)
+        losses, hits = document_scores(model, batch, encoder.label_ids, hits=True)
     assert hits is not None
     kept = result["validation"][best]
     assert hits.mean().item() == pytest.approx(kept["accuracy"], abs=1e-6)
