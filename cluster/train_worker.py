@@ -103,9 +103,7 @@ def _train_one(
         clear_dead_locks()
     record = checkpoints.last()  # every worker comes here before one can build anything
     passes = passes_per_step(len(examples), job.retrain, world)
-    stepper = _stepper(
-        job, label_rows(encoder), passes, device, bool(record) and record["workers"] != world
-    )
+    stepper = _stepper(job, label_rows(encoder), passes, device, bool(record) and record["workers"] != world)
     try:
         position = training.Position()
         if record is not None:

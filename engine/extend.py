@@ -6,6 +6,7 @@ is looked for by itself. docs/decisions.md says why there is no registry.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import re
 from dataclasses import dataclass
@@ -54,8 +55,9 @@ class OneOf:
     def check(self, word: str) -> str:
         """The word itself; ValueError when it is neither."""
         if word not in self.words and not is_named(word):
-            known = ", ".join(self.words)
-            raise ValueError(f"{word!r} is none of {known}; one of your own is written module:name")
+            known, near = ", ".join(self.words), difflib.get_close_matches(word, self.words, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"{word!r} is none of {known}{hint}; one of your own is written module:name")
         return word
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -60,9 +61,12 @@ def _read(source: str) -> dict[str, Any]:
             with open(source, encoding="utf-8") as file:
                 text = file.read()
         except OSError as error:
+            near = [name for name in recipes() if source in name] or difflib.get_close_matches(
+                source, recipes()
+            )
+            hint = f"did you mean {' or '.join(near)}?" if near else f"recipes are {', '.join(recipes())}."
             raise UserError(
-                f"cannot read the grid {source}: {(error.strerror or str(error)).lower()}; recipes are "
-                f"{', '.join(recipes())}."
+                f"cannot read the grid {source}: {(error.strerror or str(error)).lower()}; {hint}"
             ) from None
     fields = load_yaml_mapping(text, source)
     parent = fields.pop("extends", None)

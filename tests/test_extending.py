@@ -111,3 +111,5 @@ def test_what_is_neither_ours_nor_named_is_refused_when_the_spec_is_read() -> No
         changed = fields | {section: fields.get(section, {}) | {field: value}}
         with pytest.raises(UserError, match=rf"{section}\.{field}: '{value}' is none of .*module:name"):
             RunSpec.from_dict(changed)
+    with pytest.raises(UserError, match=r"none of .* \(did you mean greedy\?\)"):
+        RunSpec.from_dict(fields | {"select": {"strategy": "gredy"}})

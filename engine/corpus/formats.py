@@ -49,11 +49,11 @@ def file_records(source: Source, columns: tuple[str, ...]) -> Iterator[Record]:
 
 
 def missing_column(file: str, column: str, present: list[str]) -> UserError:
-    """The error for a column that a file does not have; a default's names the fields that choose another."""
-    field = {"text": "corpus.text (in a test set: evaluate.text)", "label": "evaluate.label"}.get(column)
-    hint = f"; {field} names another" if field else ""
+    """The error for a column that a file does not have; it names the fields of the spec that choose another."""
+    fields = {"text": "corpus.text (in a test set: evaluate.text) names", "label": "evaluate.label names"}
+    field = fields.get(column, "fields of corpus (in a test set: evaluate.text and evaluate.label) name")
     return UserError(
-        f"{file} has no column {column!r}; its columns are: {', '.join(present)[:500] or 'none'}{hint}."
+        f"{file} has no column {column!r}; its columns are: {', '.join(present)[:500] or 'none'}; {field} another."
     )
 
 
