@@ -177,7 +177,7 @@ def test_hub_folders(tmp_path: Path) -> None:
 
     said = sentence(tmp_path, hub=str(tmp_path / "split"), hub_split="dev")
     assert said.endswith("has no split 'dev': set corpus.hub_split to one of test, train.")
-    assert "has no column 'body'; its columns are: text, n, more." in sentence(
+    assert "has no column 'body'; its columns are: text, n, more; fields of corpus" in sentence(
         tmp_path, hub=str(tmp_path / "plain"), text="body"
     )
     (tmp_path / "files").mkdir()
