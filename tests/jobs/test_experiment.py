@@ -479,5 +479,5 @@ def test_options_change_a_recipe(tmp_path: Path) -> None:
         read_grid("agnews_baseline", ["--run_dir"])
     with pytest.raises(UserError, match="recipes are"):
         read_grid("no_such_recipe", [])
-    with pytest.raises(UserError, match="did you mean agnews_baseline or paper_agnews?"):
+    with pytest.raises(UserError, match=r"did you mean agnews_baseline or paper_agnews\?"):
         read_grid("agnews", [])
