@@ -174,7 +174,7 @@ def test_tokens_are_cut_at_documents_or_from_their_start() -> None:
 PEAK = """
 import resource, sys, torch
 from engine.last_layer import LastLayer, Result
-from engine.models import Head
+from engine.head import Head
 from engine.projection import LayerShape, make_projector
 torch.set_num_threads(1)
 vocab, tokens, size = int(sys.argv[1]), int(sys.argv[2]), 64
