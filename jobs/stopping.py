@@ -23,6 +23,9 @@ class Stopped(BaseException):
 def stoppable() -> Iterator[None]:
     """Have SIGTERM raise Stopped in the block; only the first one, so that cleaning up is not cut short.
 
+    An exception that reaches C code in the midst of making an object comes out of it as a SystemError; the one
+    behind it is then raised.
+
     Raises:
         Stopped: the signal came.
     """
@@ -32,6 +35,10 @@ def stoppable() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         yield
+    except SystemError as error:
+        if isinstance(error.__cause__, Stopped | KeyboardInterrupt):
+            raise error.__cause__ from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
