@@ -11,13 +11,17 @@ from jobs.stopping import Stopped, stoppable
 
 
 def test_the_first_sigterm_stops_and_the_next_ones_leave_cleaning_up_alone() -> None:
-    before, cleaned = signal.getsignal(signal.SIGTERM), False
-    with pytest.raises(Stopped, match="stopped by SIGTERM"), stoppable():
+    before, cleaned = signal.getsignal(signal.SIGTERM), []
+
+    def interrupted() -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
-            cleaned = True
+            cleaned.append(True)
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM"), stoppable():
+        interrupted()
     assert cleaned
     assert signal.getsignal(signal.SIGTERM) == before
 
