@@ -28,11 +28,11 @@ BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 STATUS = "__autoscaling_status"
 """Key of what the autoscaler reports in Ray's internal store (v1)."""
 
-FIRST_REPORT = 8.0
-"""Seconds until a head that has just started has an autoscaler's first report: a round of it takes five."""
+FIRST_REPORT = 20.0
+"""Seconds until a head that has just started has an autoscaler's first report: five, where nothing else runs."""
 
 REPLACED = 60.0
-"""Seconds in which another node may join in place of one that was lost, before a stage is refused."""
+"""Seconds in which a first node may join, or another in place of one that was lost, before a stage is refused."""
 
 MANY = 1 << 20
 
@@ -134,7 +134,7 @@ def check(spec: RunSpec, stages: tuple[str, ...]) -> None:
         lacks = [] if could.more else [why for one in wanted if (why := missing(one, could))]
         if not lacks:
             return
-        if not _lost_one() or time.monotonic() > deadline:
+        if not _comes_and_goes() or time.monotonic() > deadline:
             raise UserError(lacks[0])
         time.sleep(1)
 
@@ -250,9 +250,11 @@ def _nodes() -> list[Node]:
     return [Node(found["Resources"], found.get("Labels") or {}) for found in ray.nodes() if found["Alive"]]
 
 
-def _lost_one() -> bool:
-    """Whether the cluster has ever had a node that is gone."""
-    return not all(found["Alive"] for found in ray.nodes())
+def _comes_and_goes() -> bool:
+    """Whether the cluster has ever had a node that is gone, or has none yet that computes."""
+    nodes = ray.nodes()
+    computing = any(found["Resources"].get("CPU", 0) > 0 for found in nodes)
+    return not (computing and all(found["Alive"] for found in nodes))
 
 
 def _reported_types() -> list[tuple[Node, int]]:
