@@ -209,7 +209,7 @@ def test_a_stage_waits_for_a_node_in_place_of_a_lost_one_and_not_for_ever(
     monkeypatch.setattr(resources, "REPLACED", 1e9)
     with pytest.raises(UserError, match="has room for 2"):
         check(asked, ("retrain",))
-    seen[:] = [[{**here[0], "Resources": {}}]] * 3 + [here]  # a head, whose first node is still to join
+    seen[:] = [[{**here[0], "Resources": {}}]] * 4 + [here]  # a head, whose first node is still to join
     check(asked, ("retrain",))
 
 
