@@ -34,7 +34,8 @@ class ShardRows:
         with open(path, "rb") as file:
             file.seek(-(16 * chunks + _CRC), os.SEEK_END)
             index = file.read()
-        _check(index, "index", path)
+        if google_crc32c.value(index[:-_CRC]) != int.from_bytes(index[-_CRC:], "little"):
+            raise ValueError(_mismatch("index", path))
         self._at, self._length = np.frombuffer(index[:-_CRC], "<u8").reshape(chunks, 2).T
         self._checked = np.zeros(chunks, np.bool_)
 
@@ -79,29 +80,19 @@ class ShardRows:
 
     def _chunk_into(self, file: int, chunk: int, out: npt.NDArray[np.float16]) -> None:
         """A whole chunk into `out` (chunk_rows, dim), its checksum compared."""
-        self._require(chunk)
+        if self._at[chunk] == _ABSENT:
+            raise ValueError(f"chunk {chunk} of {self.path} was never written")
         data, check = out.reshape(-1).view(np.uint8), bytearray(_CRC)
         got = os.preadv(file, [data.data, check], int(self._at[chunk]))
         if got != self._length[chunk] or google_crc32c.value(data) != int.from_bytes(check, "little"):
             raise ValueError(_mismatch(f"chunk {chunk}", self.path))
         self._checked[chunk] = True
 
-    def _require(self, chunk: int) -> None:
-        if self._at[chunk] == _ABSENT:
-            raise ValueError(f"chunk {chunk} of {self.path} was never written")
-
     def _chunk(self, file: int, chunk: int) -> npt.NDArray[np.float16]:
         """A whole chunk (chunk_rows, dim), its checksum compared."""
-        self._require(chunk)
-        data = os.pread(file, int(self._length[chunk]), int(self._at[chunk]))
-        _check(data, f"chunk {chunk}", self.path)
-        self._checked[chunk] = True
-        return np.frombuffer(data, "<f2", count=self.chunk_rows * self.dim).reshape(-1, self.dim)
-
-
-def _check(data: bytes, what: str, path: str) -> None:
-    if len(data) < _CRC or google_crc32c.value(data[:-_CRC]) != int.from_bytes(data[-_CRC:], "little"):
-        raise ValueError(_mismatch(what, path))
+        out = np.empty((self.chunk_rows, self.dim), np.float16)
+        self._chunk_into(file, chunk, out)
+        return out
 
 
 def _mismatch(what: str, path: str) -> str:

@@ -220,13 +220,10 @@ class GradientStore:
         with _sound(self.run):
             state = np.asarray(self._arrays["state"][start:stop])
             return RowBlock(
-                self._read_features(start, state) if self.run.local else self._zarr_features(start, stop),
+                self._read_features(start, state) if self.run.local else self.raw("features", start, stop),
                 np.asarray(self._arrays["scale"][:, start:stop]),
                 state == VALID,
             )
-
-    def _zarr_features(self, start: int, stop: int) -> npt.NDArray[np.float16]:
-        return np.asarray(self._arrays["features"][:, start:stop])
 
     def _read_features(self, start: int, state: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
         """Features (P, n, d) of consecutive rows from `start`, from the files; zeros where none were written."""
