@@ -72,13 +72,14 @@ class Cost:
 class Calibration:
     """What was measured; costs are those of one process on this machine.
 
-    documents: sampled. tokens, tokens_error: mean tokens of a document and its standard error. seek: reading
-    one run of RUN_ROWS documents somewhere in the corpus. text: reading a document with its whole partition.
-    encode: encoding a document. gradient: a document at one checkpoint; timed: documents that it was measured
-    on. interpolate: moving the model to another checkpoint. write: a document's rows. load: model, head and projector of a worker. read, fetch: a
-    row of the store, streamed and by itself. index: a row. pick, pick_row: a pick is pick + rows * pick_row.
-    train: a document, one epoch; None when the training would not fit beside the rest. encoder_bytes,
-    worker_bytes: peak memory of the process after encoding and after writing; device_bytes: of the GPU, or 0.
+    documents: sampled. tokens, tokens_error: mean tokens of a document and its standard error. seek:
+    reading one run of RUN_ROWS documents somewhere in the corpus. text: reading a document with its whole
+    partition. encode: encoding a document. gradient: a document at one checkpoint; timed: documents that
+    it was measured on. interpolate: moving the model to another checkpoint. write: a document's rows.
+    load: model, head and projector of a worker. read, fetch: a row of the store, streamed and by itself.
+    index: a row. pick, pick_row: a pick is pick + rows * pick_row. train: a document, one epoch; None
+    when the training would not fit beside the rest. encoder_bytes, worker_bytes: peak memory of the
+    process after encoding and after writing; device_bytes: of the GPU, or 0.
     """
 
     documents: int
