@@ -67,6 +67,7 @@ CORPORA = ("brown", "abc_news", "ag_news", "wikitext", "rotten_tomatoes")
 CLASSES = ["World", "Sports", "Business", "Technology"]
 DIM = 4096
 AUTHORS_BATCH = 32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ def body(model: Any, batch: LossBatch) -> torch.Tensor:
 
 def batches_of(documents: Ragged, tokens: int) -> list[LossBatch]:
     """The engine's batches of documents that all carry loss."""
-    return [loss_batch(documents, group) for group in length_batches(documents.lengths, tokens)]
+    groups = length_batches(documents.lengths, tokens)
+    return [loss_batch(documents, group).map(lambda tensor: tensor.to(DEVICE)) for group in groups]
 
 
 class Clock:
@@ -200,8 +202,11 @@ class Clock:
         self.cpu: dict[str, float] = defaultdict(float)
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do the work; on a GPU what it has set off is over when the clock stops."""
         started, cpu = time.perf_counter(), time.process_time()
         result = work()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         self.seconds[name] += time.perf_counter() - started
         self.cpu[name] += time.process_time() - cpu
         return result
@@ -244,15 +249,15 @@ class Contest:
         started = time.perf_counter()
         encoded = encoder.encode(documents)
         self.encode_seconds = time.perf_counter() - started
-        self.engine = GradientEngine(
-            endpoints, encoder, choose_target(spec, endpoints, encoder.label_ids), spec
-        )
+        target = choose_target(spec, endpoints, encoder.label_ids)
+        self.engine = GradientEngine(endpoints, encoder, target, spec, DEVICE)
         size = spec.corpus.partition_rows
         starts = range(0, len(documents), size)
         self.parts = [encoded.take(np.arange(i, min(len(documents), i + size))) for i in starts]
         self.batches = [batches_of(part, self.engine.tokens_per_batch) for part in self.parts]
         self.bare = Bare(self.engine, case.task, case.checkpoints)
-        self.clock, self.inside = Clock(), watched(self.engine)
+        # on a GPU a clock around each part would make the CPU wait for it
+        self.clock, self.inside = Clock(), watched(self.engine) if DEVICE == "cpu" else Clock()
         self.bare(self.batches[0][:1])
         self.engine.run(self.parts[0].take(self.batches[0][0].members[:8]))
         self.inside.seconds.clear()
@@ -388,6 +393,7 @@ def others(contest: Contest, n: int, dims: tuple[int, int]) -> dict[str, Any]:
 def keep_one(contest: Contest, documents: int = 64) -> float:
     """Seconds of the Hugging Face call with logits_to_keep=1 over those of the bare pass, on one batch."""
     batch = loss_batch(contest.parts[0], np.arange(min(documents, len(contest.parts[0]))))
+    batch = batch.map(lambda tensor: tensor.to(DEVICE))
     model, clock = contest.engine.model, Clock()
     for name in ("warm", "timed"):
         clock.time(f"bare {name}", lambda: contest.bare([batch]))
@@ -417,7 +423,7 @@ def measure(case: Case, folder: Path, options: argparse.Namespace) -> dict[str, 
     if case.checkpoints == 1 and case.task != "all_tokens":
         found["logits_to_keep_over_bare"] = keep_one(contest)
         print(f"    the same with logits_to_keep=1: {found['logits_to_keep_over_bare']:.1f} x the bare pass")
-        if case.task == "last_token":
+        if case.task == "last_token" and DEVICE == "cpu":
             found["others"] = others(contest, 4 if options.quick else 8, (2, 4))
             show_others(found)
     return found
@@ -432,7 +438,8 @@ def show(case: Case, found: dict[str, Any]) -> None:
         + (f"   cost {found['cost_of_P_over_P_passes']:.3f} x P passes" if case.checkpoints > 1 else ""),
         flush=True,
     )
-    print("    " + ", ".join(f"{name} {share:.1%}" for name, share in found["share_of_engine"].items()))
+    if DEVICE == "cpu":
+        print("    " + ", ".join(f"{name} {share:.1%}" for name, share in found["share_of_engine"].items()))
     if "pipeline" in found:
         ran = found["pipeline"]
         ratio = ran["documents_per_s_warm"] / rate["bare"]
@@ -488,13 +495,14 @@ def main() -> None:
     options.calibration = options.calibration or (10.0 if options.quick else 30.0)
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
-    print(
-        f"torch {torch.__version__}, {options.threads} threads, bfloat16, {platform.processor() or platform.machine()}"
-    )
+    processor = platform.processor() or platform.machine()
+    where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{options.threads} threads, {processor}"
+    print(f"torch {torch.__version__}, {where}, bfloat16")
     cases = QUICK if options.quick else CASES
     chosen = [case for case in cases if not options.only or any(part in case.name for part in options.only)]
     report: dict[str, Any] = {
         "torch": torch.__version__,
+        "device": where,
         "threads": options.threads,
         "tokens": options.tokens,
         "partition": options.partition,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -17,6 +19,16 @@ def first_line(error: BaseException) -> str:
     """The first line of what an exception says, without a full stop, to be part of a sentence."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).strip().rstrip(".")
+
+
+def nearest(word: str, known: Sequence[str], most: int = 1, likeness: float = 0.6) -> str:
+    """`did you mean x or y`, of the known words that look like one that is not; empty where none does.
+
+    Args:
+        likeness: from 0, anything, to 1, the word itself (`difflib.get_close_matches`).
+    """
+    found = difflib.get_close_matches(word, known, most, likeness)
+    return f"did you mean {' or '.join(found)}" if found else ""
 
 
 def install(extra: str) -> str:

@@ -6,7 +6,6 @@ is looked for by itself. docs/decisions.md says why there is no registry.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import re
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 from pydantic_core import CoreSchema, core_schema
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError, first_line, nearest
 
 _NAMED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -55,9 +54,9 @@ class OneOf:
     def check(self, word: str) -> str:
         """The word itself; ValueError when it is neither."""
         if word not in self.words and not is_named(word):
-            known, near = ", ".join(self.words), difflib.get_close_matches(word, self.words, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"{word!r} is none of {known}{hint}; one of your own is written module:name")
+            hint = nearest(word, self.words)
+            known = ", ".join(self.words) + (f" ({hint}?)" if hint else "")
+            raise ValueError(f"{word!r} is none of {known}; one of your own is written module:name")
         return word
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import reprlib
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from engine.errors import UserError
+from engine.errors import UserError, nearest
 
 PASSWORD = re.compile(r"[a-z0-9+.-]+://[^/\s]*:[^/\s]*@", re.IGNORECASE)
 """How an address with a name and a password begins."""
@@ -103,12 +102,12 @@ def _nearest(kind: type[BaseModel], name: str) -> str:
     known = list(_field_names(kind, ""))
     section, _, last = name.rpartition(".")
     beside = [field for field in known if field.rpartition(".")[0] == section]
-    found = difflib.get_close_matches(name, beside, 1, 0.75)
-    found = found or [field for field in known if field.rpartition(".")[2] == last]
+    elsewhere = [field for field in known if field.rpartition(".")[2] == last]
+    hint = nearest(name, beside, likeness=0.75) or nearest(name, elsewhere, likeness=0)
     if not beside:  # the section itself is unknown
-        found = found or difflib.get_close_matches(name, known, 1)
-    if found:
-        return f" (did you mean {found[0]}?)"
+        hint = hint or nearest(name, known)
+    if hint:
+        return f" ({hint}?)"
     names = [field.rpartition(".")[2] for field in beside]
     return f" ({section or 'it'} has {', '.join(names[:16])}{', ...' if len(names) > 16 else ''})"
 

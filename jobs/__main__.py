@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import importlib
 import os
@@ -12,7 +11,7 @@ import shlex
 import sys
 from typing import Any
 
-from engine.errors import UserError
+from engine.errors import UserError, nearest
 from jobs.stopping import EXIT_CODE, Stopped, stoppable
 from jobs.usage import example, usage
 
@@ -63,8 +62,7 @@ def _main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     command = arguments[0]
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS)
-        hint = f"did you mean {' or '.join(near)}" if near else f"choose one of {', '.join(COMMANDS)}"
+        hint = nearest(command, list(COMMANDS), 3) or f"choose one of {', '.join(COMMANDS)}"
         print(f"unbake: no command {command!r}; {hint}; see unbake --help.", file=sys.stderr)
         return 2
     _calm_libraries()

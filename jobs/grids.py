@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
 
-from engine.errors import UserError
+from engine.errors import UserError, nearest
 from engine.experiment import Grid
 from engine.experiment.grid import put
 from engine.sections import load_yaml_mapping, section_from_fields
@@ -61,10 +60,9 @@ def _read(source: str) -> dict[str, Any]:
             with open(source, encoding="utf-8") as file:
                 text = file.read()
         except OSError as error:
-            near = [name for name in recipes() if source in name] or difflib.get_close_matches(
-                source, recipes()
-            )
-            hint = f"did you mean {' or '.join(near)}?" if near else f"recipes are {', '.join(recipes())}."
+            within = [name for name in recipes() if source in name]
+            hint = nearest(source, within, 9, 0) or nearest(source, recipes(), 3)
+            hint = f"{hint}?" if hint else f"recipes are {', '.join(recipes())}."
             raise UserError(
                 f"cannot read the grid {source}: {(error.strerror or str(error)).lower()}; {hint}"
             ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
 
-from engine.errors import UserError
+from engine.errors import UserError, nearest
 from engine.extend import OneOf
 from engine.sections import load_yaml_mapping, takes_list
 from engine.spec import RunSpec
@@ -194,5 +193,5 @@ class Parser(argparse.ArgumentParser):
         """The option that one nobody knows may have been meant as."""
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
         known = [name for name in self._option_string_actions if name not in ("-h", "--help")]
-        found = unknown and difflib.get_close_matches(unknown[1], known, 1)
-        return f" (did you mean {found[0]}?)" if found else ""
+        hint = nearest(unknown[1], known) if unknown else ""
+        return f" ({hint}?)" if hint else ""

@@ -122,6 +122,7 @@ def ray_session() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=8,
+        num_gpus=0,  # a GPU has tests of its own: here every machine does the same
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=200 << 20,

@@ -10,6 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where tests of the engine compute: on this machine's GPU, if it has one."""
+
 LABELS = ["world", "sports", "business", "science"]
 WORDS = {
     "world": "treaty border minister embassy election protest capital summit army refugees".split(),

@@ -50,7 +50,8 @@ def make_spec(pair: tuple[str, str], task: dict[str, Any], **gradients: Any) -> 
 def make_engine(spec: RunSpec) -> GradientEngine:
     endpoints = Endpoints(spec.models.base, spec.models.finetuned)
     encoder = Encoder(load_tokenizer(spec.models.base), spec.task, spec.loss_scope)
-    return GradientEngine(endpoints, encoder, choose_target(spec, endpoints, encoder.label_ids), spec)
+    target = choose_target(spec, endpoints, encoder.label_ids)
+    return GradientEngine(endpoints, encoder, target, spec, tiny.DEVICE)
 
 
 def run(spec: RunSpec, texts: list[str] = TEXTS) -> PartitionGradients:

@@ -82,7 +82,8 @@ def make_engine(pair: tuple[str, str], task: dict[str, Any], **gradients: Any) -
     )
     endpoints = Endpoints(*pair)
     encoder = Encoder(load_tokenizer(pair[0]), spec.task, spec.loss_scope)
-    return GradientEngine(endpoints, encoder, choose_target(spec, endpoints, encoder.label_ids), spec)
+    target = choose_target(spec, endpoints, encoder.label_ids)
+    return GradientEngine(endpoints, encoder, target, spec, tiny.DEVICE)
 
 
 def per_example(engine: GradientEngine, documents: Any, labels: np.ndarray) -> np.ndarray:
@@ -270,7 +271,7 @@ def test_what_a_batch_needed_is_gone_after_it(llama: tuple[str, str]) -> None:
 def test_the_trial_for_memory_makes_the_passes_of_a_batch(llama: tuple[str, str], layers: str) -> None:
     engine = make_engine(llama, MODEL, layers=layers)
     watch = Watch(engine.model)
-    engine._trial(torch.ones(2, 8, dtype=torch.int64))
+    engine._trial(torch.ones(2, 8, dtype=torch.int64, device=tiny.DEVICE))
     assert watch.reached == ({0, 1} if layers == "all_linear" else set())
 
 

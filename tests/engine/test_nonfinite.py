@@ -54,9 +54,8 @@ def make_engine(models: tuple[str, str], **sections: dict[str, Any]) -> tuple[Gr
     )
     endpoints = Endpoints(*models)
     encoder = Encoder(load_tokenizer(models[0]), spec.task, spec.loss_scope)
-    return GradientEngine(
-        endpoints, encoder, choose_target(spec, endpoints, encoder.label_ids), spec
-    ), encoder
+    target = choose_target(spec, endpoints, encoder.label_ids)
+    return GradientEngine(endpoints, encoder, target, spec, tiny.DEVICE), encoder
 
 
 def run(models: tuple[str, str], texts: list[str], **sections: dict[str, Any]) -> PartitionGradients:

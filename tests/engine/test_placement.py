@@ -63,13 +63,14 @@ def run(engine: GradientEngine) -> PartitionGradients:
 def test_a_model_spread_by_accelerate_gives_the_same_bytes(
     pair: tuple[str, str], layers: str, dtype: str
 ) -> None:
-    plain = run(make_engine(pair, layers=layers, dtype=dtype, checkpoints=[0.5, 1.0]))
-    for device in (placement.SPREAD, {"": "cpu"}):
-        spread = run(make_engine(pair, device, layers=layers, dtype=dtype, checkpoints=[0.5, 1.0]))
+    fields: dict[str, Any] = {"layers": layers, "dtype": dtype, "checkpoints": [0.5, 1.0]}
+    for device, alone in ((placement.SPREAD, tiny.DEVICE), ({"": "cpu"}, "cpu")):
+        plain = run(make_engine(pair, alone, **fields))
+        spread = run(make_engine(pair, device, **fields))
         np.testing.assert_array_equal(spread.features, plain.features)
         np.testing.assert_array_equal(spread.scale, plain.scale)
-    assert np.isfinite(plain.features).all()
-    assert (plain.scale > 0).all()
+        assert np.isfinite(plain.features).all()
+        assert (plain.scale > 0).all()
 
 
 @pytest.mark.parametrize("layers", ["last", "all_linear"])
@@ -190,6 +191,10 @@ def test_a_model_larger_than_the_gpus_is_refused(
 def test_a_plain_device_needs_no_options() -> None:
     assert loading_options("cpu", "none", torch.float32) == {}
     assert loading_options(placement.SPREAD, "none", torch.float32) == {"device_map": "auto"}
+
+
+def test_a_packed_model_is_loaded_onto_its_device() -> None:
+    pytest.importorskip("bitsandbytes")
     packed = loading_options("cuda", "4bit", torch.bfloat16)
     assert packed["device_map"] == {"": "cuda"}
     assert isinstance(packed["quantization_config"], transformers.BitsAndBytesConfig)
