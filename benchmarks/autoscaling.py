@@ -29,13 +29,14 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEAD = "f" * 51 + "00000"
-"""The id that Ray's fake provider expects of the head."""
+HEAD_TYPE = "ray.head.default"
+"""The id and the node type that Ray's fake provider gives the head, whatever the config says."""
 
 IDLE_SECONDS = 6
 EVERY = 0.5
 """Seconds between two samples."""
 
-DOCUMENTS, QUICK = 40_000, 12_000
+DOCUMENTS, QUICK = 100_000, 60_000
 KINDS = {"MapWorker(Map(WritePartition))": "gradient actors", "RayTrainWorker": "training workers"}
 PORTS = (
     "port", "object-manager-port", "node-manager-port", "ray-client-server-port", "dashboard-agent-listen-port",
@@ -48,24 +49,28 @@ PORTS = (
 
 def autoscaling_config(address: str, nodes: int) -> dict[str, Any]:
     """Ray's cluster config for its fake provider; the wheel of Ray 2.60 lacks the example of one."""
-    provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-    worker = {"resources": {"CPU": 1, "object_store_memory": 100 << 20}, "node_config": {}}
+    resources = {"CPU": 1, "memory": 2 * psutil.virtual_memory().total, "object_store_memory": 100 << 20}
+    worker = {"resources": resources, "node_config": {}}
     return {
         "cluster_name": "unbake-autoscaling",
         "max_workers": nodes,
         "idle_timeout_minutes": IDLE_SECONDS / 60,
         "provider": {
             "type": "external",
-            "module": provider,
+            "module": "growing_nodes.GrowingNodes",
             "gcs_address": address,
             "head_node_id": HEAD,
             "launch_multiple": True,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "foreground_node_launch": True,
         },
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {**worker, "min_workers": 0, "max_workers": nodes},
         },
-        "head_node_type": "head",
+        "head_node_type": HEAD_TYPE,
         "auth": {},
         "file_mounts": {},
         "cluster_synced_files": [],
@@ -103,6 +108,7 @@ def cluster(nodes: int) -> Iterator[str]:
     command += [f"--autoscaling-config={config}", *(f"--{name}={port}" for name, port in ports.items())]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     fake = {"RAY_FAKE_CLUSTER": "1", "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD, "RAY_CLOUD_INSTANCE_ID": HEAD}
+    fake["PYTHONPATH"] = str(Path(__file__).parent)  # where the autoscaler finds its provider
     environment = {**kept, **fake, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_AUTH_MODE": "disabled"}
     with open(f"{folder}/start.log", "w") as log:
         head = psutil.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
@@ -135,7 +141,7 @@ def write_spec(folder: Path, documents: int, nodes: int) -> Path:
         "task": {"kind": "language_modelling", "max_tokens": 64},
         "gradients": {"projector": "tensorsketch", "dim": 512, "checkpoints": 2, "dtype": "float32"},
         "extract": {"threads": 1, "cpus_per_worker": 0.75, "workers_min": 1, "workers_max": nodes},
-        "select": {"size": 500},
+        "select": {"size": 50},
         "retrain": {"strategies": ["greedy"], "epochs": 1, "threads": 1, "dtype": "float32"},
     }
     path = folder / "run.yaml"

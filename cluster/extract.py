@@ -96,6 +96,7 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = GROW_AT
     cpus, gpus = actor_resources(settings, job.threads)
     context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=_ahead(job))
     attempts = Attempts.remote()
@@ -229,6 +230,11 @@ def _counted(attempts: Any, partition: int) -> Iterator[None]:
 
 CALLS = 2
 """Partitions that a gradient actor holds: one is computed while the one before it is written."""
+
+
+GROW_AT = 1.25
+"""Calls that an actor is given over those that it runs, from which on a pool takes another actor. Ray's default of 1.75
+is more than the (CALLS + 1) / CALLS that a gradient actor is ever given: its pool would stay at `workers_min`."""
 
 
 def _pool(smallest: int, largest: int | None, calls: int = 1) -> ActorPoolStrategy:

@@ -299,8 +299,14 @@ def _grows(now: list[Node]) -> bool:
     deadline = time.monotonic() + FIRST_REPORT
     while not (report := _report()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    active = report.get("active_nodes", {}) | dict.fromkeys(report.get("idle_nodes") or {}, 1)
-    return any(not name.startswith("node_") for name in active)
+    counts = (
+        "active_nodes",
+        "idle_nodes",
+        "pending_launches",
+    )  # by type; a head with nothing to do may be in none
+    types = {name for part in counts for name in report.get(part) or {}}
+    types.update((report.get("node_type_mapping") or {}).values())
+    return any(not name.startswith("node_") for name in types)
 
 
 def _report() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import tiny
 from safetensors.torch import load_file, save_file
 
@@ -103,6 +104,35 @@ def test_two_actors_write_the_bytes_of_one(
 ) -> None:
     run_job(make_spec(tmp_path / "run", models, tiny_corpus, extract={"workers_min": 2, "workers_max": 2}))
     assert store_bytes(tmp_path / "run") == store_bytes(one_actor)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_pool_grows_from_its_least_to_its_most_while_partitions_wait(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Data takes another actor only when those that are there are given more than they run (GROW_AT)."""
+    seen: set[str] = set()
+    real = cluster.extract.extract
+
+    def watched(job: Any, todo: list[int], on_receipt: Any) -> None:
+        def look(receipt: dict[str, Any]) -> None:
+            found = ray._private.state.actors().items()
+            writers = {name for name, actor in found if "WritePartition" in actor["ActorClassName"]}
+            seen.update(
+                name for name, actor in found if name in writers - before and actor["State"] == "ALIVE"
+            )
+            on_receipt(receipt)
+
+        before = set(ray._private.state.actors())
+        real(job, todo, look)
+
+    monkeypatch.setattr(cluster.extract, "extract", watched)
+    corpus = tiny.save_corpus(tmp_path / "long.jsonl", 64 * 150)
+    result = run_job(
+        make_spec(tmp_path / "run", models, corpus, extract={"workers_min": 1, "workers_max": 3})
+    )
+    assert result["documents"] == 64 * 150
+    assert len(seen) == 3
 
 
 def test_a_serial_run_without_ray_writes_the_same_bytes(

@@ -239,9 +239,16 @@ def test_node_types_that_ray_up_would_start_count_where_this_is_its_head(
 @pytest.mark.usefixtures("ray_session")
 def test_nothing_is_refused_where_an_autoscaler_may_start_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = spec_of(extract={"gpus_per_worker": 8})
-    report = {"active_nodes": {"head": 1}, "idle_nodes": {}}
+    report: dict[str, Any] = {"active_nodes": {"head": 1}, "idle_nodes": None}
     monkeypatch.setattr(resources, "_report", lambda: report)
     check(asked, ("extract",))
-    report["active_nodes"] = {"node_0f": 1}  # what a head without an autoscaler says of itself
+    report |= {
+        "active_nodes": {},
+        "pending_launches": {},
+        "node_type_mapping": {"0f": "head"},
+    }  # with nothing to do
+    check(asked, ("extract",))
+    # what a head without an autoscaler says of itself
+    report |= {"active_nodes": {"node_0f": 1}, "node_type_mapping": {"0f": "node_0f"}}
     with pytest.raises(UserError, match="no GPU"):
         check(asked, ("extract",))

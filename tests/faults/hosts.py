@@ -122,6 +122,11 @@ class Host:
         return self._process.poll() is None
 
     @property
+    def joined(self) -> bool:
+        """Whether Ray has started on it."""
+        return "Ray runtime started" in self.said.read_text()
+
+    @property
     def processes(self) -> list[psutil.Process]:
         """All of its processes, as this machine sees them."""
         with contextlib.suppress(psutil.NoSuchProcess):

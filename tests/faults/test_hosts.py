@@ -137,6 +137,7 @@ def test_hosts_that_are_lost_and_replaced_in_every_stage_leave_the_bytes_of_a_se
         cluster = RayHosts(bridge, environment(address))
         for _ in range(2):
             cluster.add()
+        wait_until(lambda: all(host.joined for host in cluster.workers), lambda: cluster.head.alive)
         said = here / "driver.said"
         recover = ("recover", "--config", f"{hosts.IMAGE}/hosts.yaml", "--run_dir", f"s3://{s3.BUCKET}/run")
         where = ("--ray.address", cluster.address, "--quiet")
