@@ -141,7 +141,7 @@ def write_spec(folder: Path, documents: int, nodes: int) -> Path:
         "task": {"kind": "language_modelling", "max_tokens": 64},
         "gradients": {"projector": "tensorsketch", "dim": 512, "checkpoints": 2, "dtype": "float32"},
         "extract": {"threads": 1, "cpus_per_worker": 0.75, "workers_min": 1, "workers_max": nodes},
-        "select": {"size": 50},
+        "select": {"size": 20},
         "retrain": {"strategies": ["greedy"], "epochs": 1, "threads": 1, "dtype": "float32"},
     }
     path = folder / "run.yaml"

@@ -73,7 +73,11 @@ def test_commands_and_options_are_real(page: Path) -> None:
     for command in re.findall(r"(?:^    |`)(?:\.venv/bin/)?unbake ([a-z]+)\b", text, re.M):
         assert command in COMMANDS, command
     for option in re.findall(r"--([a-z]+\.[a-z_.]*[a-z])\b", text):
-        assert option.removeprefix("spec.") in known, option  # spec.: in an experiment's grid
+        if option not in (
+            "grid.strategy",
+            "grid.seed",
+        ):  # axes of an experiment's grid, as is what begins with spec.
+            assert option.removeprefix("spec.") in known, option
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -22,7 +22,7 @@ def test_nodes_and_the_gradient_pool_grow_from_none_while_a_run_goes_on_and_are_
     tmp_path: Path,
 ) -> None:
     found = tmp_path / "found.json"
-    command = [sys.executable, "benchmarks/autoscaling.py", "--quick", "--nodes", "2"]
+    command = [sys.executable, "benchmarks/autoscaling.py", "--nodes", "3"]
     done = subprocess.run(
         [*command, "--json", str(found), "--folder", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=800,
@@ -31,11 +31,11 @@ def test_nodes_and_the_gradient_pool_grow_from_none_while_a_run_goes_on_and_are_
     result = json.loads(found.read_text())
     samples, (began, ended) = result["samples"], result["stages"]["extract"]
     assert samples[0]["worker nodes"] == 0
-    assert max(s["worker nodes"] for s in samples) == 2
+    assert max(s["worker nodes"] for s in samples) == 3
     in_extraction = [s for s in samples if began <= s["seconds"] <= ended]
     on_nodes = [s[f"{GRADIENTS}, nodes"] for s in in_extraction if s[GRADIENTS]]
-    assert on_nodes[0] == 1  # it does not wait for the second node
-    assert max(on_nodes) == 2  # and it takes it when it is there
+    assert on_nodes[0] == 1  # it does not wait for the others
+    assert max(on_nodes) >= 2  # and takes them while it goes on
     assert samples[-1]["worker nodes"] == 0
     assert (tmp_path / "run/report.html").exists()
     assert verify(RunDir(str(tmp_path / "run"))).damage == []
