@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.session import gpus_per_worker
 from engine.errors import UserError
@@ -278,7 +279,9 @@ def _lanes(
     if not jobs:
         return []
     count = lanes(jobs)
-    board = Board.remote(len(jobs))
+    # beside the driver, without which it is of no use: any other node may be lost while the workers go on
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = Board.options(scheduling_strategy=here).remote(len(jobs))
     runs = Folder(f"{jobs[0].checkpoints}/.ray")
     stored = [folders for folders in examples if folders is not None]
     config = {"jobs": jobs, "fingerprints": prints, "examples": stored, "board": board}

@@ -125,6 +125,8 @@ class RunLock:
         """Give signs of life until stopped; when the lock is another's, say so once."""
         while not self._stop.wait(self._beat):
             now = _read(self._folder)
+            if now == {}:
+                continue  # nobody's, as storage that fails says of any: it may not at the next beat
             if now is None and self._folder.create_json(LOCK, self._record):
                 continue  # somebody removed the file; it is ours again
             if now is None or now.get("owner") != self._record["owner"]:

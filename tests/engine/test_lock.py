@@ -169,6 +169,27 @@ def test_a_lock_removed_by_hand_is_put_back(folder: Folder) -> None:
             time.sleep(0.01)
 
 
+def test_storage_that_fails_for_some_beats_takes_the_lock_from_nobody(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, failed, real = threading.Event(), [], folder.read_json
+
+    def failing(name: str) -> object:
+        if len(failed) < 3:
+            failed.append(name)
+            raise OSError("the connection was reset")
+        return real(name)
+
+    with RunLock(folder, lost=lost.set, beat=0.05):
+        monkeypatch.setattr(folder, "read_json", failing)
+        deadline = time.monotonic() + 10
+        while len(failed) < 3 or real(LOCK)["beats"] < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not lost.is_set()
+    assert not folder.exists(LOCK)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": "x"}', b"\xff\xfe"])
 def test_a_damaged_lock_is_watched_and_taken_over(tmp_path: Path, content: bytes) -> None:
     folder = Folder(str(tmp_path))

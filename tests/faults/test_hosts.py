@@ -94,7 +94,13 @@ class RayHosts:
     def __init__(self, bridge: hosts.Hosts, environment: dict[str, str]) -> None:
         self._bridge, self._environment = bridge, environment
         config = json.dumps(NOTICED)
-        self.head = self._start("--head", f"--port={PORT}", "--num-cpus=0", f"--system-config={config}")
+        self.head = self._start(
+            "--head",
+            f"--port={PORT}",
+            "--num-cpus=0",
+            "--include-dashboard=false",
+            f"--system-config={config}",
+        )
         hosts.wait_for(PORT, self.head)
         self.address = f"{self.head.address}:{PORT}"
         self.workers: list[hosts.Host] = []
@@ -105,12 +111,7 @@ class RayHosts:
         return self.workers[-1]
 
     def _start(self, *arguments: str) -> hosts.Host:
-        common = (
-            "--block",
-            "--node-ip-address={address}",
-            "--include-dashboard=false",
-            "--disable-usage-stats",
-        )
+        common = ("--block", "--node-ip-address={address}", "--disable-usage-stats")
         memory = f"--object-store-memory={100 << 20}"
         return self._bridge.start(self._environment, RAY, "start", *common, memory, *arguments)
 
@@ -137,7 +138,10 @@ def test_hosts_that_are_lost_and_replaced_in_every_stage_leave_the_bytes_of_a_se
         cluster = RayHosts(bridge, environment(address))
         for _ in range(2):
             cluster.add()
-        wait_until(lambda: all(host.joined for host in cluster.workers), lambda: cluster.head.alive)
+        wait_until(
+            lambda: all(host.joined for host in cluster.workers),
+            lambda: all(host.alive for host in cluster.workers),
+        )
         said = here / "driver.said"
         recover = ("recover", "--config", f"{hosts.IMAGE}/hosts.yaml", "--run_dir", f"s3://{s3.BUCKET}/run")
         where = ("--ray.address", cluster.address, "--quiet")
