@@ -36,7 +36,7 @@ IDLE_SECONDS = 6
 EVERY = 0.5
 """Seconds between two samples."""
 
-DOCUMENTS, QUICK = 100_000, 60_000
+DOCUMENTS, QUICK = 100_000, 50_000
 KINDS = {"MapWorker(Map(WritePartition))": "gradient actors", "RayTrainWorker": "training workers"}
 PORTS = (
     "port", "object-manager-port", "node-manager-port", "ray-client-server-port", "dashboard-agent-listen-port",

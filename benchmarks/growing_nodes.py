@@ -12,7 +12,7 @@ from typing import Any
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 
 
-class GrowingNodes(FakeMultiNodeProvider):  # type: ignore[misc]
+class GrowingNodes(FakeMultiNodeProvider):
     """Raylets of this machine as nodes that come and go."""
 
     def create_node_with_resources_and_labels(

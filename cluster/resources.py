@@ -299,13 +299,11 @@ def _grows(now: list[Node]) -> bool:
     deadline = time.monotonic() + FIRST_REPORT
     while not (report := _report()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    counts = (
-        "active_nodes",
-        "idle_nodes",
-        "pending_launches",
-    )  # by type; a head with nothing to do may be in none
+    counts = ("active_nodes", "idle_nodes", "pending_launches")
     types = {name for part in counts for name in report.get(part) or {}}
-    types.update((report.get("node_type_mapping") or {}).values())
+    types.update(
+        (report.get("node_type_mapping") or {}).values()
+    )  # a head with nothing to do may be here alone
     return any(not name.startswith("node_") for name in types)
 
 

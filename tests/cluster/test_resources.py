@@ -242,11 +242,7 @@ def test_nothing_is_refused_where_an_autoscaler_may_start_anything(monkeypatch: 
     report: dict[str, Any] = {"active_nodes": {"head": 1}, "idle_nodes": None}
     monkeypatch.setattr(resources, "_report", lambda: report)
     check(asked, ("extract",))
-    report |= {
-        "active_nodes": {},
-        "pending_launches": {},
-        "node_type_mapping": {"0f": "head"},
-    }  # with nothing to do
+    report |= {"active_nodes": {}, "node_type_mapping": {"0f": "head"}}  # a head with nothing to do
     check(asked, ("extract",))
     # what a head without an autoscaler says of itself
     report |= {"active_nodes": {"node_0f": 1}, "node_type_mapping": {"0f": "node_0f"}}
