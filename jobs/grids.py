@@ -60,8 +60,8 @@ def _read(source: str) -> dict[str, Any]:
             with open(source, encoding="utf-8") as file:
                 text = file.read()
         except OSError as error:
-            within = [name for name in recipes() if source in name]
-            hint = nearest(source, within, 9, 0) or nearest(source, recipes(), 3)
+            within = " or ".join(name for name in recipes() if source in name)
+            hint = f"did you mean {within}" if within else nearest(source, recipes(), 3)
             hint = f"{hint}?" if hint else f"recipes are {', '.join(recipes())}."
             raise UserError(
                 f"cannot read the grid {source}: {(error.strerror or str(error)).lower()}; {hint}"
