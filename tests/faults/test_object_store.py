@@ -138,7 +138,8 @@ def test_storage_that_goes_away_in_the_middle_of_a_partition_leaves_none_that_co
     GradientStore.create(RunDir(run), StoreShape(2, 20, 16, 10), np.ones(16), {"fingerprint": "f"})
     whole = some_gradients(10, 1)
     with s3.proxy(upstream, s3.GoesAway(put)) as address:
-        monkeypatch.setitem(fsspec.config.conf, "s3", {**quick, "endpoint_url": address, "retries": 1})
+        monkeypatch.setitem(fsspec.config.conf, "s3", {**quick, "endpoint_url": address})
+        monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
         s3fs.S3FileSystem.clear_instance_cache()
         with pytest.raises((UserError, OSError)):
             GradientStore.open(RunDir(run), writable=True).write(0, whole, "f", {})
