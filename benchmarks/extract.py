@@ -274,11 +274,9 @@ class Contest:
 
     def result(self) -> dict[str, Any]:
         n = sum(len(part) for part in self.parts)
-        seconds, inside = self.clock.seconds, self.inside.seconds
+        seconds = self.clock.seconds
         tokens = int(sum(part.lengths.sum() for part in self.parts))
         padded = sum(batch.padded for batches in self.batches for batch in batches)
-        last = inside["last layer"]
-        sums = last - inside["lm_head product"] - inside["count sketch"] - inside["Fourier and sums"]
         return {
             "documents": n,
             "tokens_per_document": tokens / n,
@@ -287,16 +285,22 @@ class Contest:
             "engine_over_bare": seconds["bare"] / seconds["engine"],
             "engine_over_bare_by_cpu_time": self.clock.cpu["bare"] / self.clock.cpu["engine"],
             "cost_of_P_over_P_passes": seconds["engine"] / seconds["bare"],
-            "share_of_engine": {
-                "forward pass of the body, batches, rows": 1
-                - (last + inside["interpolation"]) / seconds["engine"],
-                "lm_head product": inside["lm_head product"] / seconds["engine"],
-                "softmax and errors": sums / seconds["engine"],
-                "count sketch": inside["count sketch"] / seconds["engine"],
-                "Fourier and sums": inside["Fourier and sums"] / seconds["engine"],
-                "interpolation": inside["interpolation"] / seconds["engine"],
-            },
+            "share_of_engine": self._shares() if DEVICE == "cpu" else {},  # a GPU's parts are not timed
             "encode_us_per_document": self.encode_seconds / n * 1e6,
+        }
+
+    def _shares(self) -> dict[str, float]:
+        """Shares of the engine's seconds, by its parts."""
+        engine, inside = self.clock.seconds["engine"], self.inside.seconds
+        last, interpolation = inside["last layer"], inside["interpolation"]
+        sums = last - inside["lm_head product"] - inside["count sketch"] - inside["Fourier and sums"]
+        return {
+            "forward pass of the body, batches, rows": 1 - (last + interpolation) / engine,
+            "lm_head product": inside["lm_head product"] / engine,
+            "softmax and errors": sums / engine,
+            "count sketch": inside["count sketch"] / engine,
+            "Fourier and sums": inside["Fourier and sums"] / engine,
+            "interpolation": interpolation / engine,
         }
 
 

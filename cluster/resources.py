@@ -301,9 +301,8 @@ def _grows(now: list[Node]) -> bool:
         time.sleep(0.2)
     counts = ("active_nodes", "idle_nodes", "pending_launches")
     types = {name for part in counts for name in report.get(part) or {}}
-    types.update(
-        (report.get("node_type_mapping") or {}).values()
-    )  # a head with nothing to do may be here alone
+    # a head with nothing to do may be in the mapping alone
+    types.update((report.get("node_type_mapping") or {}).values())
     return any(not name.startswith("node_") for name in types)
 
 

@@ -61,11 +61,9 @@ def gradients(
 
 
 @pytest.mark.parametrize("layers", ["last", "all_linear"])
-@pytest.mark.parametrize("projector", ["auto", "tensorsketch", "rademacher"])
+@pytest.mark.parametrize("projector", ["exact", "tensorsketch", "rademacher"])
 @pytest.mark.parametrize("task", [CLASSIFY, MODEL], ids=["classification", "language_modelling"])
 def test_gradients_agree(pair: tuple[str, str], task: dict[str, Any], projector: str, layers: str) -> None:
-    if projector == "auto" and (layers, task["kind"]) != ("last", "classification"):
-        projector = "tensorsketch"
     here, on_cpu = gradients(pair, "cpu", task, projector=projector, layers=layers)
     there, on_gpu = gradients(pair, "cuda", task, projector=projector, layers=layers)
     assert not here.problems
