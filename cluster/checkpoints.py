@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from cluster.agreement import agree, from_first
 from engine.errors import UserError
-from engine.storage import Folder, reason
+from engine.storage import Folder, reason, storage_errors
 
 
 class Checkpoints:
@@ -54,7 +54,7 @@ class Checkpoints:
         with agree():
             try:
                 self._write(name, write)
-            except OSError as error:
+            except storage_errors() as error:
                 raise UserError(f"cannot write a checkpoint to {self.folder.uri}: {reason(error)}.") from None
         with agree():
             if self.first:

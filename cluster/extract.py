@@ -38,6 +38,7 @@ from engine.gradients import GradientEngine, PartitionGradients
 from engine.ragged import Ragged
 from engine.rundir import RunDir
 from engine.spec import Extract, RunSpec
+from engine.storage import storage_errors
 from engine.store import GradientStore
 from engine.target import Target
 
@@ -256,7 +257,7 @@ def _attempt(work: Callable[[], T], attempts: int) -> T:
     for last in range(1, attempts + 1):
         try:
             return work()
-        except OSError as error:
+        except storage_errors() as error:
             if last == attempts:
                 raise UserError(f"storage failed {attempts} times: {first_line(error)}.") from None
             time.sleep(BACK_OFF * 2 ** (last - 1) * (1 + random.random()))

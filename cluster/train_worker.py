@@ -20,7 +20,7 @@ import ray
 
 from cluster.train import DONE, Stored, TrainJob
 from engine.errors import UserError
-from engine.storage import Folder
+from engine.storage import Folder, reason, storage_errors
 
 
 def worker(config: dict[str, Any]) -> None:
@@ -234,8 +234,8 @@ def _export(job: TrainJob, stepper: Any, tokenizer: Any, target: str, metrics: d
                         )
                     else:
                         save(stepper.model, tokenizer, folder, state, notes)
-                except OSError as error:
-                    raise UserError(f"cannot write the model {target}: {error.strerror or error}.") from None
+                except storage_errors() as error:
+                    raise UserError(f"cannot write the model {target}: {reason(error)}.") from None
 
 
 @contextmanager

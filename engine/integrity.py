@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from engine.corpus import Plan, load_plan
 from engine.errors import UserError, first_line
 from engine.rundir import CORPUS, MODELS, STAGES, STORE, RunDir, fingerprint
+from engine.storage import is_outage
 from engine.store import (
     PER_CHECKPOINT,
     PER_DOCUMENT,
@@ -288,6 +289,6 @@ def _wrong_columns(
 
 
 def _raise_outage(error: Exception) -> None:
-    """Storage that fails is no damage: an error of the system, but for a file that is not there."""
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+    """Storage that fails is no damage."""
+    if is_outage(error):
         raise UserError(f"the storage fails ({first_line(error)}): nothing can be said of the run.") from None

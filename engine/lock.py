@@ -20,7 +20,7 @@ from typing import Any, Self
 import psutil
 
 from engine.errors import UserError
-from engine.storage import Folder
+from engine.storage import Folder, storage_errors
 
 LOCK = "lock.json"
 BEAT = 10.0
@@ -114,7 +114,10 @@ class RunLock:
         began = time.monotonic()
         while time.monotonic() - began < self._stale:
             time.sleep(min(1.0, self._beat / 2))
-            now = _read(self._folder)
+            try:
+                now = _read(self._folder)
+            except storage_errors():
+                continue  # which says nothing of the owner
             if now is None:
                 return False
             if now != first:
@@ -124,27 +127,34 @@ class RunLock:
     def _keep(self) -> None:
         """Give signs of life until stopped; when the lock is another's, say so once."""
         while not self._stop.wait(self._beat):
-            now = _read(self._folder)
-            if now == {}:
-                continue  # nobody's, as storage that fails says of any: it may not at the next beat
-            if now is None and self._folder.create_json(LOCK, self._record):
-                continue  # somebody removed the file; it is ours again
-            if now is None or now.get("owner") != self._record["owner"]:
+            ours = True
+            with contextlib.suppress(UserError, *storage_errors()):  # it may not fail at the next beat
+                ours = self._renewed()
+            if not ours:
                 self._lost()
                 return
-            self._record["beats"] += 1
-            with contextlib.suppress(UserError, OSError):  # storage that fails now may not at the next beat
-                self._folder.write_json(LOCK, self._record)
+
+    def _renewed(self) -> bool:
+        """Give one sign of life; False when the lock is another's."""
+        now = _read(self._folder)
+        if now is None:  # somebody removed the file
+            return self._folder.create_json(LOCK, self._record)
+        if now and now.get("owner") != self._record["owner"]:
+            return False
+        self._record["beats"] += 1
+        self._folder.write_json(LOCK, self._record)
+        return True
 
     def _release(self) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        now = _read(self._folder)
-        if now is not None and now.get("owner") == self._record["owner"]:
-            self._folder.remove(LOCK)
-        if self._made and not self._folder.names():
-            self._folder.remove("")
+        with contextlib.suppress(UserError, *storage_errors()):  # a lock that stays is a dead driver's
+            now = _read(self._folder)
+            if now is not None and now.get("owner") == self._record["owner"]:
+                self._folder.remove(LOCK)
+            if self._made and not self._folder.names():
+                self._folder.remove("")
 
 
 def owner(folder: Folder) -> str | None:
@@ -190,12 +200,16 @@ def _name(record: Record) -> str:
 
 
 def _read(folder: Folder, name: str = LOCK) -> Record | None:
-    """The lock as it is; None when there is none. One that cannot be read is nobody's that is known."""
+    """The lock as it is; None when there is none, {} when it is damaged: nobody's that is known.
+
+    Raises:
+        UserError, or one of `storage_errors`: the storage fails.
+    """
     try:
         return dict(folder.read_json(name))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, OSError):
+    except (ValueError, TypeError):
         return {}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -20,6 +22,24 @@ from engine.errors import UserError
 
 GROUP_ROWS = 4096
 """Rows of a row group: what a reader of a part of a table has to take in."""
+
+_CLIENT_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("aiohttp", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+)
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of storage that fails, for an `except` clause.
+
+    They are OSError, and what the clients of object stores raise as it is when they have given up, which is none.
+    Nothing is imported for it: a client that is not loaded has not raised.
+    """
+    loaded = ((sys.modules.get(module), name) for module, name in _CLIENT_ERRORS)
+    return (OSError, *(getattr(module, name) for module, name in loaded if module is not None))
 
 
 class Folder:
@@ -59,7 +79,7 @@ class Folder:
         """Create a folder (a no-op on object stores) and return its path; UserError when not permitted."""
         try:
             self.fs.makedirs(self.path(name), exist_ok=True)
-        except OSError as error:
+        except storage_errors() as error:
             raise UserError(f"cannot create {self.path(name)}: {reason(error)}.") from None
         return self.path(name)
 
@@ -90,7 +110,7 @@ class Folder:
                 _write_local(path, data)
             else:
                 self.fs.pipe_file(path, data)
-        except OSError as error:
+        except storage_errors() as error:
             raise UserError(f"cannot write {path}: {reason(error)}.") from None
 
     def digest(self, name: str) -> str:
@@ -130,7 +150,7 @@ class Folder:
                 self.fs.pipe_file(path, data, mode="create")
         except FileExistsError:
             return False
-        except OSError as error:
+        except storage_errors() as error:
             if not self.local and self.exists(name):  # a store's own words for "it is there"
                 return False
             raise UserError(f"cannot write {path}: {reason(error)}.") from None
@@ -162,9 +182,20 @@ def _permitted(path: str) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {reason(error)}.") from None
 
 
-def reason(error: OSError) -> str:
-    """The cause of an OSError in a few words, without errno or path."""
-    return (error.strerror or str(error)).lower()
+def is_outage(error: BaseException) -> bool:
+    """Whether the storage failed, as against bytes that are wrong or a file that is not there.
+
+    Arrow and others report what they cannot decode as a bare OSError; the system's have an errno, or a type. A seek
+    to where a file cut short has nothing is "invalid argument", and no outage.
+    """
+    if not isinstance(error, storage_errors()) or isinstance(error, FileNotFoundError):
+        return False
+    return type(error) is not OSError or error.errno not in (None, errno.EINVAL)
+
+
+def reason(error: Exception) -> str:
+    """The cause of one of `storage_errors` in a few words, without errno or path."""
+    return (getattr(error, "strerror", None) or str(error).rstrip(".")).lower()
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from engine.gradients import PartitionGradients
 from engine.rows import RowBlock
 from engine.rundir import DONE, LAYOUT, STORE, RunDir, fingerprint
 from engine.shard_rows import ShardRows
-from engine.storage import reason
+from engine.storage import is_outage, reason, storage_errors
 
 MISSING, VALID, QUARANTINED = 0, 1, 2
 CHUNK_BYTES = 128 << 10
@@ -147,7 +147,7 @@ class GradientStore:
             digest.update(values.tobytes())
             try:
                 self._arrays[name][..., *_rows(name, start, start + n)] = values
-            except OSError as error:
+            except storage_errors() as error:
                 raise UserError(
                     f"cannot write partition {partition} to {self.run.path(STORE)}: {reason(error)}."
                 ) from None
@@ -290,6 +290,10 @@ def _sound(run: RunDir) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if is_outage(error):
+            raise UserError(
+                f"the storage of {run.path(STORE)} fails ({first_line(error)}): run the same command again."
+            ) from None
         raise UserError(
             f"the store {run.path(STORE)} is damaged or unreadable ({first_line(error)}): "
             f"`unbake verify {run.uri}` says which part, and has just that made anew."

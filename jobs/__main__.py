@@ -11,7 +11,7 @@ import shlex
 import sys
 from typing import Any
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError, first_line, nearest
 from jobs.stopping import EXIT_CODE, Stopped, stoppable
 from jobs.usage import example, usage
 
@@ -74,14 +74,11 @@ def _main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"unbake {command}: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in STORAGE:
+    except Exception as error:
+        sentence = _storage_failed(error)
+        if sentence is None:
             raise
-        where = f" {error.filename}" if error.filename else ""
-        print(
-            f"unbake {command}: cannot write{where}: {(error.strerror or str(error)).lower()}.",
-            file=sys.stderr,
-        )
+        print(f"unbake {command}: {sentence}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"\n{stopped}; to go on from here: unbake {shlex.join(arguments)}", file=sys.stderr)
@@ -89,6 +86,18 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; to go on from here: unbake {shlex.join(arguments)}", file=sys.stderr)
         return 130
+
+
+def _storage_failed(error: Exception) -> str | None:
+    """Storage that is full, closed to us, or does not answer, as a sentence; None for any other error."""
+    from engine.storage import reason, storage_errors  # not for the commands that only print
+
+    if isinstance(error, OSError) and error.errno in STORAGE:
+        return f"cannot write{f' {error.filename}' if error.filename else ''}: {reason(error)}."
+    outside = isinstance(error, ConnectionError | TimeoutError) or not isinstance(error, OSError)
+    if not outside or not isinstance(error, storage_errors()):
+        return None
+    return f"the storage does not answer ({first_line(error)}): run the same command again, it goes on from there."
 
 
 def _stdout_open() -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ConnectionClosedError
 
 from engine.errors import UserError
 from engine.lock import LOCK, RunLock
@@ -169,15 +170,19 @@ def test_a_lock_removed_by_hand_is_put_back(folder: Folder) -> None:
             time.sleep(0.01)
 
 
+FAILURES = [OSError("the connection was reset"), ConnectionClosedError(endpoint_url="http://s3")]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=["the system's", "a client's"])
 def test_storage_that_fails_for_some_beats_takes_the_lock_from_nobody(
-    folder: Folder, monkeypatch: pytest.MonkeyPatch
+    folder: Folder, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost, failed, real = threading.Event(), [], folder.read_json
 
     def failing(name: str) -> object:
         if len(failed) < 3:
             failed.append(name)
-            raise OSError("the connection was reset")
+            raise error
         return real(name)
 
     with RunLock(folder, lost=lost.set, beat=0.05):
@@ -188,6 +193,43 @@ def test_storage_that_fails_for_some_beats_takes_the_lock_from_nobody(
             time.sleep(0.01)
         assert not lost.is_set()
     assert not folder.exists(LOCK)
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=["the system's", "a client's"])
+def test_storage_that_fails_while_a_lock_is_watched_says_nothing_of_its_owner(
+    folder: Folder, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_elsewhere(folder)
+    calls, real = [], folder.read_json
+
+    def failing(name: str) -> object:
+        calls.append(name)
+        if 2 <= len(calls) <= 4:
+            raise error
+        return real(name)
+
+    monkeypatch.setattr(folder, "read_json", failing)
+    timer = threading.Timer(0.4, put_elsewhere, (folder, 4))
+    timer.start()
+    with pytest.raises(UserError, match="host elsewhere, process 7"), RunLock(folder, beat=0.1, stale=30):
+        pass
+    timer.join()
+    assert len(calls) > 4
+
+
+def test_storage_that_fails_at_the_release_hides_no_other_error(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(name: str) -> object:
+        raise FAILURES[1]
+
+    def work() -> None:
+        with RunLock(folder):
+            monkeypatch.setattr(folder, "read_json", failing)
+            raise ValueError("mistake")
+
+    with pytest.raises(ValueError, match="mistake"):
+        work()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": "x"}', b"\xff\xfe"])

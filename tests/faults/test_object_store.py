@@ -15,6 +15,7 @@ import fsspec
 import numpy as np
 import pytest
 import s3fs
+from botocore.exceptions import ConnectionClosedError
 
 import cluster.extract
 from engine.corpus import make_plan, read_partition
@@ -29,6 +30,7 @@ from engine.store import GradientStore, StoreShape
 from faults import s3
 from faults.dying import FILES
 from faults.harness import make_case
+from jobs.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,7 +143,7 @@ def test_storage_that_goes_away_in_the_middle_of_a_partition_leaves_none_that_co
         monkeypatch.setitem(fsspec.config.conf, "s3", {**quick, "endpoint_url": address})
         monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
         s3fs.S3FileSystem.clear_instance_cache()
-        with pytest.raises((UserError, OSError)):
+        with pytest.raises(UserError, match="cannot write"):
             GradientStore.open(RunDir(run), writable=True).write(0, whole, "f", {})
     monkeypatch.undo()
     s3fs.S3FileSystem.clear_instance_cache()
@@ -201,7 +203,8 @@ def test_an_upload_in_parts_gets_through_failing_storage_whole(
 def test_storage_that_fails_is_tried_again_after_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    left = [OSError("Slow Down"), TimeoutError("no answer"), ConnectionResetError("reset"), None]
+    closed = ConnectionClosedError(endpoint_url="http://s3")  # botocore's, and no OSError
+    left = [OSError("Slow Down"), TimeoutError("no answer"), closed, None]
 
     def work() -> str:
         if (error := left.pop(0)) is not None:
@@ -216,6 +219,29 @@ def test_storage_that_fails_is_tried_again_after_growing_pauses(monkeypatch: pyt
     left[:] = [OSError("Slow Down")] * 4
     with pytest.raises(UserError, match=r"^storage failed 4 times: Slow Down\.$"):
         cluster.extract._attempt(work, 4)
+    left[:] = [closed] * 4
+    with pytest.raises(UserError, match=r"^storage failed 4 times: Connection was closed .*http://s3"):
+        cluster.extract._attempt(work, 4)
+
+
+def test_storage_that_answers_nobody_is_one_sentence(
+    here: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever part of a command meets it: here the first that reads a run."""
+    config = {"connect_timeout": 0.2, "read_timeout": 0.2, "retries": {"max_attempts": 1}}
+    monkeypatch.setitem(
+        fsspec.config.conf, "s3", {"endpoint_url": "http://127.0.0.1:1", "config_kwargs": config}
+    )
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        assert main(["verify", f"s3://{s3.BUCKET}/nobody"]) == 2
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "http://127.0.0.1:1" in said
+    assert "run the same command again" in said
 
 
 def some_gradients(n: int, seed: int) -> PartitionGradients:
