@@ -94,8 +94,11 @@ def _storage_failed(error: Exception) -> str | None:
 
     if isinstance(error, OSError) and error.errno in STORAGE:
         return f"cannot write{f' {error.filename}' if error.filename else ''}: {reason(error)}."
-    outside = isinstance(error, ConnectionError | TimeoutError) or not isinstance(error, OSError)
-    if not outside or not isinstance(error, storage_errors()):
+    if isinstance(error, OSError) and (
+        isinstance(error, BrokenPipeError) or not isinstance(error, ConnectionError | TimeoutError)
+    ):
+        return None
+    if not isinstance(error, storage_errors()):
         return None
     return f"the storage does not answer ({first_line(error)}): run the same command again, it goes on from there."
 

@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
+import logging
 import shutil
 import subprocess
 import tempfile
@@ -128,6 +129,7 @@ def ray_session() -> Iterator[None]:
         object_store_memory=200 << 20,
         _temp_dir=folder,
     )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # what it says once would be in one test's output
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
