@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import time
@@ -13,6 +14,10 @@ import numpy as np
 import pytest
 import ray
 import tiny
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models import dashboard as grafana
+from grafana_foundation_sdk.models import prometheus
 
 from cluster.metrics import COUNTERS, GAUGES, Extraction, Picks, exported
 from engine.select import Columns, open_features, select
@@ -120,6 +125,37 @@ def test_the_dashboard_draws_every_metric_and_no_other(dashboard: dict[str, Any]
     assert len(COUNTERS) + len(GAUGES) == len(drawn)
     variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
     assert set(re.findall(r"ray_\w+", json.dumps(variables["run"]["query"]))) <= exported()
+
+
+def read_by_grafana(dashboard: dict[str, Any]) -> Any:
+    """What Grafana's own types keep of a dashboard: a field that they do not know is gone."""
+    register_default_plugins()
+    return json.loads(JSONEncoder().encode(grafana.Dashboard.from_json(dashboard)))
+
+
+def lost(before: Any, after: Any, path: str = "") -> list[str]:
+    """Paths of what is in one JSON document and not in another."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        gone = [f"{path}/{key}" for key in before.keys() - after.keys()]
+        return gone + [
+            w for key in before.keys() & after.keys() for w in lost(before[key], after[key], f"{path}/{key}")
+        ]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        return [
+            w for i, pair in enumerate(zip(before, after, strict=True)) for w in lost(*pair, f"{path}/{i}")
+        ]
+    return [] if before == after else [path]
+
+
+def test_grafanas_own_schema_knows_every_field_of_the_dashboard(dashboard: dict[str, Any]) -> None:
+    assert lost(dashboard, read_by_grafana(dashboard)) == []
+    for panel in grafana.Dashboard.from_json(dashboard).panels or []:
+        assert isinstance(panel, grafana.Panel)
+        assert panel.targets
+        assert all(isinstance(target, prometheus.Dataquery) for target in panel.targets)
+    wrong = copy.deepcopy(dashboard)
+    wrong["panels"][0]["fieldConfig"]["defaults"]["units"] = "short"  # Grafana's word is unit
+    assert lost(wrong, read_by_grafana(wrong)) == ["/panels/0/fieldConfig/defaults/units"]
 
 
 def test_the_dashboard_is_one_that_grafana_takes(dashboard: dict[str, Any]) -> None:
