@@ -32,14 +32,18 @@ _CLIENT_ERRORS = (
 )
 
 
-def storage_errors() -> tuple[type[Exception], ...]:
-    """The exceptions of storage that fails, for an `except` clause.
+def client_errors() -> tuple[type[Exception], ...]:
+    """What the clients of object stores raise when they have given up, mostly no OSError.
 
-    They are OSError, and what the clients of object stores raise as it is when they have given up, which is none.
     Nothing is imported for it: a client that is not loaded has not raised.
     """
     loaded = ((sys.modules.get(module), name) for module, name in _CLIENT_ERRORS)
-    return (OSError, *(getattr(module, name) for module, name in loaded if module is not None))
+    return tuple(getattr(module, name) for module, name in loaded if module is not None)
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of storage that fails, for an `except` clause."""
+    return (OSError, *client_errors())
 
 
 class Folder:
@@ -188,7 +192,9 @@ def is_outage(error: BaseException) -> bool:
     Arrow and others report what they cannot decode as a bare OSError; the system's have an errno, or a type. A seek
     to where a file cut short has nothing is "invalid argument", and no outage.
     """
-    if not isinstance(error, storage_errors()) or isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return False
+    if not isinstance(error, storage_errors()):
         return False
     return type(error) is not OSError or error.errno not in (None, errno.EINVAL)
 

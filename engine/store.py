@@ -292,7 +292,8 @@ def _sound(run: RunDir) -> Iterator[None]:
     except Exception as error:
         if is_outage(error):
             raise UserError(
-                f"the storage of {run.path(STORE)} fails ({first_line(error)}): run the same command again."
+                f"the storage of {run.path(STORE)} fails ({first_line(error)}): when it works, run the same command "
+                "again."
             ) from None
         raise UserError(
             f"the store {run.path(STORE)} is damaged or unreadable ({first_line(error)}): "

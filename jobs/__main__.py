@@ -89,18 +89,14 @@ def _main(arguments: list[str]) -> int:
 
 
 def _storage_failed(error: Exception) -> str | None:
-    """Storage that is full, closed to us, or does not answer, as a sentence; None for any other error."""
-    from engine.storage import reason, storage_errors  # not for the commands that only print
+    """Storage that is full, closed to us, or no longer answers, as a sentence; None for any other error."""
+    from engine.storage import client_errors, reason  # not for the commands that only print
 
     if isinstance(error, OSError) and error.errno in STORAGE:
         return f"cannot write{f' {error.filename}' if error.filename else ''}: {reason(error)}."
-    if isinstance(error, OSError) and (
-        isinstance(error, BrokenPipeError) or not isinstance(error, ConnectionError | TimeoutError)
-    ):
+    if not isinstance(error, client_errors()):
         return None
-    if not isinstance(error, storage_errors()):
-        return None
-    return f"the storage does not answer ({first_line(error)}): run the same command again, it goes on from there."
+    return f"the connection fails ({first_line(error)}): run the same command again, it goes on from there."
 
 
 def _stdout_open() -> bool:
