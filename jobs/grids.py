@@ -10,6 +10,7 @@ from engine.errors import UserError, nearest
 from engine.experiment import Grid
 from engine.experiment.grid import put
 from engine.sections import load_yaml_mapping, section_from_fields
+from engine.storage import reason
 from jobs.options import read_value
 
 
@@ -63,9 +64,7 @@ def _read(source: str) -> dict[str, Any]:
             within = " or ".join(name for name in recipes() if source in name)
             hint = f"did you mean {within}" if within else nearest(source, recipes(), 3)
             hint = f"{hint}?" if hint else f"recipes are {', '.join(recipes())}."
-            raise UserError(
-                f"cannot read the grid {source}: {(error.strerror or str(error)).lower()}; {hint}"
-            ) from None
+            raise UserError(f"cannot read the grid {source}: {reason(error)}; {hint}") from None
     fields = load_yaml_mapping(text, source)
     parent = fields.pop("extends", None)
     return fields if parent is None else _merged(_read(str(parent)), fields)
