@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 
@@ -70,8 +71,22 @@ def session(settings: Ray, verbose: bool = False) -> Iterator[None]:
         signal.signal(signal.SIGTERM, on_term)  # Ray has put its own in place, which leaves at once
     try:
         yield
+    except BaseException as error:
+        _let_go(error)
+        raise
     finally:
         ray.shutdown()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what the frames that an error has left hold, and those of what led to it, while Ray is still there.
+
+    An executor of Ray Data's that was being started is one such thing. It ends when it is dropped, and asks Ray for
+    something then: after `ray.shutdown` that would start or join another Ray, in the midst of any line of ours.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def gpus_per_worker(asked: float | None) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from engine import spec
+from engine.ahead import ahead
 from engine.corpus import convert, parquet
 from engine.corpus.formats import Record, file_records
 from engine.corpus.hub import hub_records, hub_source
@@ -235,11 +235,7 @@ def _rows(
 def _footers(sources: list[Source]) -> Iterator[parquet.Footer]:
     """Footers of the Parquet sources in order, read ahead: on object stores latency is what they cost."""
     files = [source for source in sources if source.format == "parquet" and source.size != 0]
-    with ThreadPoolExecutor(8) as pool:
-        for i in range(0, len(files), 64):
-            yield from pool.map(
-                lambda source: parquet.read_footer(source.file, source.size), files[i : i + 64]
-            )
+    return ahead(lambda source: parquet.read_footer(source.file, source.size), files, count=64, threads=8)
 
 
 def _settings(corpus: spec.Corpus) -> dict[str, Any]:

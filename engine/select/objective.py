@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.ahead import ahead
 from engine.errors import UserError
 from engine.rows import RowBlock, Rows
 
@@ -123,24 +123,11 @@ def stream(rows: Rows, start: int = 0, stop: int | None = None) -> Iterator[tupl
     step = max(1, _PIECE_NUMBERS // (rows.n_checkpoints * rows.dim))
     firsts = range(start - start % rows.block_rows, stop, rows.block_rows)
     spans = [(max(first, start), min(first + rows.block_rows, stop)) for first in firsts]
-    for (begin, end), block in zip(spans, _read_ahead(rows, spans), strict=True):
+    for (begin, end), block in zip(spans, ahead(lambda span: rows.read(*span), spans), strict=True):
         for low in range(0, end - begin, step):
             part = slice(low, min(low + step, end - begin))
             piece = RowBlock(block.features[:, part], block.scale[:, part], block.valid[part])
             yield slice(begin + low, begin + part.stop), piece
-
-
-def _read_ahead(rows: Rows, spans: list[tuple[int, int]]) -> Iterator[RowBlock]:
-    """The blocks of these spans in order; while one is used, a thread reads the next."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = None
-        for span in spans:
-            following = reader.submit(rows.read, *span)
-            if coming is not None:
-                yield coming.result()
-            coming = following
-        if coming is not None:
-            yield coming.result()
 
 
 def stream_scores(rows: Rows, kind: RowKind, sums: Floats, u: Floats, eligible: Bools) -> Floats:

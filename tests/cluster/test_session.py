@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +45,48 @@ def test_a_head_that_is_starting_is_waited_for() -> None:
 @pytest.mark.parametrize("address", ["local", "ray://127.0.0.1:1"])
 def test_what_is_no_address_of_a_head_is_left_to_ray(address: str) -> None:
     _knock(address, verbose=False)
+
+
+STOPPED_AS_IT_STARTS = """
+import gc
+import ray
+import ray.data
+from ray.data.iterator import DataIterator
+from cluster.session import session
+from engine.spec import Ray
+from jobs.stopping import Stopped
+
+def stop(*_, **__):
+    raise Stopped("now")
+
+def read():
+    stream = ray.data.from_items([{"x": 1}, {"x": 2}], override_num_blocks=2).map(lambda row: row)
+    for row in stream.iter_rows():
+        print(row)
+
+DataIterator._create_batch_iterator = stop  # the executor runs, and nobody has it in hand to end it
+try:
+    with session(Ray(num_cpus=2)):
+        read()
+except Stopped as error:
+    kept = error  # as a traceback that is printed is kept
+assert not ray.is_initialized()
+del kept
+gc.collect()
+assert not ray.is_initialized()  # an executor that ends now would have started a Ray to ask
+print("whole")
+"""
+
+
+def test_a_stop_as_ray_data_starts_leaves_nothing_that_starts_another_ray() -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_AUTO_CONNECT"}
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_AS_IT_STARTS],
+        cwd=Path(session.__file__).parents[1],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.endswith("whole\n"), done.stderr
+    assert "Exception ignored" not in done.stderr
