@@ -6,9 +6,14 @@ import json
 import random
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from engine.encode import Encoder
+from engine.examples import load_examples
+from engine.ragged import Ragged
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where tests of the engine compute: on this machine's GPU, if it has one."""
@@ -35,6 +40,12 @@ def sentences(n: int, seed: int = 0, mixed: float = 0.0) -> list[tuple[str, int]
             words.append(rng.choice(WORDS[topic]) if rng.random() < 0.5 else rng.choice(FILLER))
         documents.append((" ".join(words).capitalize() + ".", label))
     return documents
+
+
+def examples(encoder: Encoder, n: int, seed: int) -> Ragged:
+    """n labelled sentences, encoded."""
+    texts, labels = zip(*sentences(n, seed), strict=True)
+    return load_examples(pa.table({"text": list(texts), "label": list(labels)}), encoder)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

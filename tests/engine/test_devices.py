@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import tiny
 import torch
@@ -16,12 +15,10 @@ from cluster.single_stepper import SingleStepper
 from engine.checkpoints import Endpoints
 from engine.encode import Encoder
 from engine.evaluate.task import TestSet, evaluate_model
-from engine.examples import load_examples
 from engine.gradients import GradientEngine, PartitionGradients
 from engine.models import load_model, load_tokenizer
 from engine.padding import pad
 from engine.plain_stepper import train_plain
-from engine.ragged import Ragged
 from engine.soft import soft_labels
 from engine.spec import Retrain, RunSpec, Task
 from engine.target import choose_target
@@ -88,11 +85,6 @@ def test_a_gpu_gives_the_same_bytes_again(pair: tuple[str, str], task: dict[str,
             assert first.tobytes() == second.tobytes(), field.name
 
 
-def documents(encoder: Encoder, n: int, seed: int) -> Ragged:
-    texts, labels = zip(*tiny.sentences(n, seed), strict=True)
-    return load_examples(pa.table({"text": list(texts), "label": list(labels)}), encoder)
-
-
 def classify(base: str) -> Encoder:
     return Encoder(load_tokenizer(base), Task(labels=tiny.LABELS, max_tokens=32), "last_token")
 
@@ -112,7 +104,7 @@ def classify(base: str) -> Encoder:
 def test_training_agrees(pair: tuple[str, str], changes: dict[str, Any]) -> None:
     retrain = Retrain(**{"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "dtype": "float32", **changes})
     encoder = classify(pair[0])
-    examples, validation = documents(encoder, 37, 0), documents(encoder, 11, 1)
+    examples, validation = tiny.examples(encoder, 37, 0), tiny.examples(encoder, 11, 1)
     curves = []
     for device in ("cpu", "cuda"):
         given = examples
@@ -133,7 +125,7 @@ def test_a_checkpoint_goes_from_one_device_to_the_other(
 ) -> None:
     retrain, encoder = Retrain(dtype=dtype), classify(pair[0])
     saved = SingleStepper(pair[0], retrain, encoder.label_ids, torch.device("cuda"), 0)
-    padded = pad(documents(encoder, 8, 0), np.arange(8)).to(saved.device)
+    padded = pad(tiny.examples(encoder, 8, 0), np.arange(8)).to(saved.device)
     for _ in range(2):
         saved.backward(saved.scores(padded)[0].mean())
         saved.step(1e-3)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import tiny
 import torch
@@ -16,13 +15,11 @@ from engine import frozen
 from engine.encode import Encoder
 from engine.errors import UserError
 from engine.evaluate.task import TestSet, evaluate_model
-from engine.examples import load_examples
 from engine.experiment.base import changed_base
 from engine.experiment.grid import Base
 from engine.frozen import frozen_states
 from engine.models import load_model, load_tokenizer
 from engine.plain_stepper import train_plain
-from engine.ragged import Ragged
 from engine.recipe import prepare
 from engine.spec import Retrain, Task
 
@@ -45,16 +42,11 @@ def encoder(untied: str) -> Encoder:
     return Encoder(load_tokenizer(untied), TASK, "last_token")
 
 
-def documents(encoder: Encoder, n: int, seed: int) -> Ragged:
-    texts, labels = zip(*tiny.sentences(n, seed), strict=True)
-    return load_examples(pa.table({"text": list(texts), "label": list(labels)}), encoder)
-
-
 @pytest.mark.parametrize("task", [TASK, TEXTS], ids=["classification", "language_modelling"])
 def test_training_on_kept_states_is_training(untied: str, encoder: Encoder, task: Task) -> None:
     scope = "last_token" if task is TASK else "all_tokens"
     coder = Encoder(encoder.tokenizer, task, scope)
-    examples, validation = documents(coder, 37, 0), documents(coder, 11, 1)
+    examples, validation = tiny.examples(coder, 37, 0), tiny.examples(coder, 11, 1)
     ids = coder.label_ids or None
     curves, weights, judged = [], [], []
     for keep in (False, True):
@@ -97,20 +89,20 @@ def test_states_depend_on_the_documents_alone_and_the_last_sets_are_kept(
     untied: str, encoder: Encoder
 ) -> None:
     model = load_model(untied, torch.float32)
-    one = frozen_states(model, 1, documents(encoder, 20, 7))
+    one = frozen_states(model, 1, tiny.examples(encoder, 20, 7))
     assert (
-        frozen_states(prepare(load_model(untied, torch.float32), recipe()), 1, documents(encoder, 20, 7))
+        frozen_states(prepare(load_model(untied, torch.float32), recipe()), 1, tiny.examples(encoder, 20, 7))
         is one
     )
     for seed in range(frozen.KEPT):
-        frozen_states(model, 1, documents(encoder, 5, 100 + seed))
-    again = frozen_states(model, 1, documents(encoder, 20, 7))
+        frozen_states(model, 1, tiny.examples(encoder, 5, 100 + seed))
+    again = frozen_states(model, 1, tiny.examples(encoder, 20, 7))
     assert again is not one
     assert torch.equal(again.states, one.states)
 
 
 def test_what_is_not_constant_or_cannot_be_parted_is_refused(tmp_path: Path, encoder: Encoder) -> None:
-    examples = documents(encoder, 9, 0)
+    examples = tiny.examples(encoder, 9, 0)
     tied = load_model(tiny.save_model(tmp_path / "tied"), torch.float32)
     with pytest.raises(UserError, match="untie the base model"):
         train_plain(tied, examples, recipe(cache_frozen=True), 0)
