@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError
@@ -48,7 +49,8 @@ def session(settings: Ray, verbose: bool = False) -> Iterator[None]:
         UserError: no cluster at the address, or no token for it.
     """
     if ray.is_initialized():
-        yield
+        with contextlib.nullcontext() if verbose else _without_raylet():
+            yield
         return
     _quiet(verbose)
     on_term = signal.getsignal(signal.SIGTERM)
@@ -70,7 +72,8 @@ def session(settings: Ray, verbose: bool = False) -> Iterator[None]:
     if callable(on_term) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_term)  # Ray has put its own in place, which leaves at once
     try:
-        yield
+        with contextlib.nullcontext() if verbose else _without_raylet():
+            yield
     except BaseException as error:
         _let_go(error)
         raise
@@ -189,6 +192,20 @@ def _without_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
+
+
+@contextlib.contextmanager
+def _without_raylet() -> Iterator[None]:
+    """Keep what the raylet has to say off stdout in the block: `log_to_driver` (Ray 2.60) does not stop it.
+
+    It tells of each worker that an ended stream lets go; what a user has to know of it, our own sentences say.
+    """
+    before = ray_worker.print_to_stdstream
+    ray_worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        ray_worker.print_to_stdstream = before
 
 
 def _level(verbose: bool) -> int:

@@ -131,6 +131,9 @@ def ray_session() -> Iterator[None]:
         _temp_dir=folder,
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # what it says once would be in one test's output
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda *_, **__: None  # what the raylet says late would be in the next one's
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

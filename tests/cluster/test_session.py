@@ -14,6 +14,7 @@ import pytest
 
 from cluster import session
 from cluster.session import _answer, _knock
+from engine.spec import Ray
 
 
 def free_address() -> str:
@@ -45,6 +46,21 @@ def test_a_head_that_is_starting_is_waited_for() -> None:
 @pytest.mark.parametrize("address", ["local", "ray://127.0.0.1:1"])
 def test_what_is_no_address_of_a_head_is_left_to_ray(address: str) -> None:
     _knock(address, verbose=False)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_the_raylet_says_is_shown_only_if_asked_for(
+    verbose: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        session.ray_worker, "print_to_stdstream", lambda data, **_: said.extend(data["lines"])
+    )
+    with session.session(Ray(), verbose):
+        session.ray_worker.print_to_stdstream({"lines": ["in"]}, ignore_prefix=False)
+    session.ray_worker.print_to_stdstream({"lines": ["after"]}, ignore_prefix=False)
+    assert said == (["in", "after"] if verbose else ["after"])
 
 
 STOPPED_AS_IT_STARTS = """
