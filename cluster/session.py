@@ -48,9 +48,14 @@ def session(settings: Ray, verbose: bool = False) -> Iterator[None]:
     Raises:
         UserError: no cluster at the address, or no token for it.
     """
+    with contextlib.nullcontext() if verbose else without_raylet(), _connection(settings, verbose):
+        yield
+
+
+@contextlib.contextmanager
+def _connection(settings: Ray, verbose: bool) -> Iterator[None]:
     if ray.is_initialized():
-        with contextlib.nullcontext() if verbose else _without_raylet():
-            yield
+        yield
         return
     _quiet(verbose)
     on_term = signal.getsignal(signal.SIGTERM)
@@ -72,8 +77,7 @@ def session(settings: Ray, verbose: bool = False) -> Iterator[None]:
     if callable(on_term) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_term)  # Ray has put its own in place, which leaves at once
     try:
-        with contextlib.nullcontext() if verbose else _without_raylet():
-            yield
+        yield
     except BaseException as error:
         _let_go(error)
         raise
@@ -195,7 +199,7 @@ def _without_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_raylet() -> Iterator[None]:
+def without_raylet() -> Iterator[None]:
     """Keep what the raylet has to say off stdout in the block: `log_to_driver` (Ray 2.60) does not stop it.
 
     It tells of each worker that an ended stream lets go; what a user has to know of it, our own sentences say.

@@ -169,9 +169,7 @@ def _calm_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault(
-        "RAY_ENABLE_AUTO_CONNECT", "0"
-    )  # Ray would start by itself, open to the network, when asked
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # else a call of Ray's starts it, for the network
     if not os.path.exists("/dev/nvidiactl"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it looked for a GPU
 

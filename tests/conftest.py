@@ -120,6 +120,8 @@ def ray_session() -> Iterator[None]:
     )
     import ray
 
+    from cluster.session import without_raylet
+
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths end at 107 bytes
     ray.init(
         address="local",
@@ -131,9 +133,7 @@ def ray_session() -> Iterator[None]:
         _temp_dir=folder,
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # what it says once would be in one test's output
-    from ray._private import worker
-
-    worker.print_to_stdstream = lambda *_, **__: None  # what the raylet says late would be in the next one's
-    yield
+    with without_raylet():  # what it says late would be in the next one's
+        yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
