@@ -34,13 +34,15 @@ TAG = "state"
 class DocumentScores(torch.nn.Module):
     """`document_scores` as a module, so that DeepSpeed's hooks see every use of a weight."""
 
-    def __init__(self, model: transformers.PreTrainedModel, label_ids: list[int] | None) -> None:
+    def __init__(
+        self, model: transformers.PreTrainedModel, label_ids: list[int] | None, temperature: float
+    ) -> None:
         super().__init__()
-        self.model, self.label_ids = model, label_ids
+        self.model, self.label_ids, self.temperature = model, label_ids, temperature
 
     def forward(self, batch: Batch, hits: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Losses and hits of the batch's documents."""
-        return document_scores(self.model, batch, self.label_ids, hits)
+        return document_scores(self.model, batch, self.label_ids, hits, self.temperature)
 
 
 class DeepSpeedStepper:
@@ -78,7 +80,7 @@ class DeepSpeedStepper:
         self.trained_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
         fit_buckets(config, self.trained_parameters)
         self.engine, *_ = deepspeed.initialize(
-            model=DocumentScores(self.model, label_ids),
+            model=DocumentScores(self.model, label_ids, retrain.temperature),
             model_parameters=trained,
             optimizer=make_optimizer(trained, retrain),
             config=config,

@@ -113,8 +113,10 @@ class LabelGroup:
 
         encoder = _encoder(self._job)
         examples = encode_documents(_read(self._documents, row["group"]), encoder, row["first"])
-        top_k = self._job.retrain.soft_top_k
-        soft = soft_labels(self._finetuned(), examples, label_rows(encoder), top_k, self._vocab)
+        retrain, rows = self._job.retrain, label_rows(encoder)
+        soft = soft_labels(
+            self._finetuned(), examples, rows, retrain.soft_top_k, self._vocab, retrain.temperature
+        )
         return write_part(Folder(self._target), _part(row["group"]), replace(examples, soft=soft))
 
     def _finetuned(self) -> Any:
@@ -177,6 +179,7 @@ def _print(job: TrainJob, documents: str, soft: bool) -> str:
             "finetuned": job.finetuned_hash or job.finetuned,
             "base": job.base_hash or job.base,
             "top_k": job.retrain.soft_top_k,
+            "temperature": job.retrain.temperature,
             "dtype": job.retrain.dtype,
         }
     return fingerprint(fields)

@@ -57,9 +57,9 @@ class SingleStepper(PlainStepper):
             name, _, i = key.rpartition(".")
             if name == "weight":
                 self.masters[int(i)].copy_(tensor)
-                self.trained[int(i)].copy_(tensor)
             else:
                 state.setdefault(int(i), {})[name] = tensor
+        self.write_back()
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -35,9 +35,15 @@ def document_losses(
 
 
 def document_scores(
-    model: transformers.PreTrainedModel, batch: Batch, label_ids: list[int] | None = None, hits: bool = False
+    model: transformers.PreTrainedModel,
+    batch: Batch,
+    label_ids: list[int] | None = None,
+    hits: bool = False,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`document_losses` and, with `hits`, the share of each document's targets that are the likeliest token.
+
+    `temperature` is that of soft targets (`engine.soft`); hard ones have none.
 
     The output layer is called as a module, not by its weight, so that ZeRO-3 can gather the weight for it.
     """
@@ -58,7 +64,7 @@ def document_scores(
         losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
     else:
         assert batch.soft_probs is not None
-        losses = soft_cross_entropy(logits, soft, batch.soft_probs)
+        losses = soft_cross_entropy(logits, soft, batch.soft_probs, temperature)
     right = (logits.detach().argmax(1) == wanted).float() if hits else None
 
     def mean(values: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from engine.examples import Examples
+from engine.head import find_head
 from engine.losses import document_scores
 from engine.padding import Batch
 from engine.recipe import make_optimizer, prepare, require_dtype
@@ -22,6 +23,9 @@ class PlainStepper:
 
     The gradient of a 16-bit weight goes over to its float32 master as soon as it is whole, so the 16-bit
     gradients never exist all at once: 18 bytes a parameter at the end of backward with AdamW, 14 between steps.
+
+    Where the softmax is over the labels alone, no other row of the output layer ever has a gradient, and without
+    decay none moves: the master, and what the optimizer keeps, are then of the labels' rows (`_moving_rows`).
     """
 
     rank, world = 0, 1
@@ -33,17 +37,20 @@ class PlainStepper:
         self.model, self.retrain, self.label_ids = model, retrain, label_ids
         self.device = next(model.parameters()).device
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.trained]
+        head = find_head(model).weight
+        rows = _moving_rows(model, retrain, label_ids)
+        self.rows = [rows if weight is head else None for weight in self.trained]
+        self.masters = [_master(weight, rows) for weight, rows in zip(self.trained, self.rows, strict=True)]
         self.optimizer = make_optimizer(list(self.masters), retrain)
         self._hooks = [
-            weight.register_post_accumulate_grad_hook(functools.partial(_to_master, master))
-            for weight, master in zip(self.trained, self.masters, strict=True)
+            weight.register_post_accumulate_grad_hook(functools.partial(_to_master, master, rows))
+            for weight, master, rows in zip(self.trained, self.masters, self.rows, strict=True)
             if master is not weight
         ]
 
     def scores(self, batch: Batch, hits: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Stepper`."""
-        return document_scores(self.model, batch, self.label_ids, hits)
+        return document_scores(self.model, batch, self.label_ids, hits, self.retrain.temperature)
 
     def backward(self, loss: torch.Tensor) -> None:
         """See `Stepper`. Gradients add up in float32."""
@@ -57,10 +64,17 @@ class PlainStepper:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for weight, master in zip(self.trained, self.masters, strict=True):
-            if master is not weight:
-                weight.copy_(master)
+        self.write_back()
         return norm
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Give the weights what their masters hold."""
+        for weight, master, rows in zip(self.trained, self.masters, self.rows, strict=True):
+            if rows is not None:
+                weight[rows] = master.to(weight.dtype)
+            elif master is not weight:
+                weight.copy_(master)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """See `Stepper`."""
@@ -72,10 +86,30 @@ class PlainStepper:
             hook.remove()
 
 
-def _to_master(master: torch.Tensor, weight: torch.Tensor) -> None:
+def _moving_rows(
+    model: transformers.PreTrainedModel, retrain: Retrain, label_ids: list[int] | None
+) -> torch.Tensor | None:
+    """The only rows of the output layer that a step can move, ascending; None where it may move all."""
+    fed = not (
+        retrain.freeze_below or retrain.freeze_body
+    )  # an embedding below what is frozen has no gradient
+    tied = model.get_input_embeddings().weight is find_head(model).weight
+    if label_ids is None or retrain.weight_decay or (tied and fed):
+        return None
+    return torch.tensor(sorted(set(label_ids)), device=model.device)
+
+
+def _master(weight: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """What the optimizer steps on, in float32: the weight itself where it is that already, else a copy, or its rows."""
+    if rows is not None:
+        return weight.detach()[rows].float()
+    return weight if weight.dtype == torch.float32 else weight.detach().float()
+
+
+def _to_master(master: torch.Tensor, rows: torch.Tensor | None, weight: torch.Tensor) -> None:
     """Add a weight's gradient to its master's, and forget it."""
     assert weight.grad is not None
-    grad = weight.grad.float()
+    grad = (weight.grad if rows is None else weight.grad[rows]).float()
     master.grad = grad if master.grad is None else master.grad.add_(grad)
     weight.grad = None
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 import transformers
 
+from engine.attention import training_attention
 from engine.errors import UserError, first_line
 from engine.examples import Examples
 from engine.frozen import Frozen, frozen_states, require_constant
@@ -268,10 +269,11 @@ def _step(stepper: Stepper, plan: _Plan, step: int) -> tuple[torch.Tensor, torch
     shares = worker_share(plan.examples.lengths, plan.members(step), stepper.rank, stepper.world, plan.passes)
     for members, weight in shares:
         batch = plan.batch(members).to(stepper.device)
-        losses, _ = stepper.scores(batch)
-        losses = losses * batch.weights
-        # gradients are averaged over workers, the documents of a step are to be summed: hence * world
-        stepper.backward(losses.sum() * (weight * stepper.world))
+        with training_attention(stepper.model.dtype, batch.input_ids):
+            losses, _ = stepper.scores(batch)
+            losses = losses * batch.weights
+            # gradients are averaged over workers, the documents of a step are to be summed: hence * world
+            stepper.backward(losses.sum() * (weight * stepper.world))
         loss = loss + losses.detach().sum() * weight
     return loss, stepper.step(learning_rate(step, plan.total, plan.retrain))
 

@@ -65,6 +65,12 @@ class Retrain(Placement):
         "hard",
         description="targets: the selection's tokens, or the fine-tuned model's distribution over them",
     )
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="soft: both distributions are softmax(logits / temperature), the loss times its square; "
+        "above 1 unlikely labels count for more",
+    )
     soft_top_k: int = Field(
         32,
         ge=1,
@@ -129,6 +135,8 @@ class Retrain(Placement):
     def _coherent(self) -> Retrain:
         if self.patience is not None and not self.early_stopping:
             raise ValueError("patience needs early_stopping")
+        if self.temperature != 1 and self.labels != "soft":
+            raise ValueError("temperature is for labels soft")
         if self.momentum and self.optimizer != "sgd":
             raise ValueError("momentum is for optimizer sgd")
         if self.offload_optimizer and self.zero_stage == 0:

@@ -65,7 +65,7 @@ def test_parts_hold_what_encoding_at_once_gives_and_are_made_once(
     ray_session: None, tiny_base: str, tiny_finetuned: str, tmp_path: Path
 ) -> None:
     file = documents(tmp_path / "selection.parquet")
-    retrain = recipe(labels="soft", soft_top_k=4)
+    retrain = recipe(labels="soft", soft_top_k=4, temperature=2.0)
     how = {"task": TEXTS, "scope": "all_tokens"}
     with pytest.raises(UserError, match="needs the fine-tuned model"):
         stored_examples(job(tiny_base, file, tmp_path, "a", retrain, **how), file, True)
@@ -82,7 +82,7 @@ def test_parts_hold_what_encoding_at_once_gives_and_are_made_once(
     soft = stored_examples(one, file, True)
     assert soft != hard
     got = StoredExamples(soft).take(np.arange(len(whole))).soft
-    want = soft_labels(load_model(tiny_finetuned, torch.float32), whole, None, 4, 476)
+    want = soft_labels(load_model(tiny_finetuned, torch.float32), whole, None, 4, 476, 2.0)
     assert got is not None
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.probs, want.probs, rtol=1e-4)
@@ -105,7 +105,9 @@ def test_training_on_stored_soft_packed_weighted_documents_follows_the_plain_loo
         "validation": validation,
         "logs": str(tmp_path / "logs"),
     }
-    shared = {"workers": 2, "labels": "soft", "soft_top_k": 4, "packing": True, "eval_steps": 3}
+    shared = {
+        "workers": 2, "labels": "soft", "soft_top_k": 4, "temperature": 2.0, "packing": True, "eval_steps": 3
+    }  # fmt: skip
     jobs = [
         job(tiny_base, file, tmp_path, f"zero{stage}", recipe(zero_stage=stage, **shared), **common)
         for stage in (0, 2)

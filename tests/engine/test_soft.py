@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from engine.encode import Encoder
 from engine.examples import load_examples
-from engine.losses import document_losses
+from engine.losses import document_scores
 from engine.models import load_model, load_tokenizer
 from engine.padding import pad
 from engine.plain_stepper import train_plain
@@ -40,33 +40,56 @@ def distributions(n: int, rows: int, seed: int) -> tuple[torch.Tensor, torch.Ten
     return logits, (3 * torch.randn(n, rows, generator=generator)).softmax(1)
 
 
-@given(n=st.integers(1, 6), rows=st.integers(2, 40), seed=st.integers(0, 99))
+TEMPERATURES = st.sampled_from([0.5, 1.0, 4.0])
+
+
+@given(n=st.integers(1, 6), rows=st.integers(2, 40), seed=st.integers(0, 99), t=TEMPERATURES)
 @settings(deadline=None)
-def test_whole_distributions_give_torchs_cross_entropy_and_its_gradient(n: int, rows: int, seed: int) -> None:
+def test_whole_distributions_give_torchs_cross_entropy_and_its_gradient(
+    n: int, rows: int, seed: int, t: float
+) -> None:
     logits, probs = distributions(n, rows, seed)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     order = probs.argsort(1, descending=True)
-    got = soft_cross_entropy(ours, order, probs.gather(1, order))
-    want = cross_entropy(theirs, probs, reduction="none")
+    got = soft_cross_entropy(ours, order, probs.gather(1, order), t)
+    want = t**2 * cross_entropy(theirs / t, probs, reduction="none")
     torch.testing.assert_close(got, want)
     got.sum().backward()
     want.sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
-@given(rows=st.integers(3, 40), k=st.integers(1, 5), seed=st.integers(0, 99))
+@given(rows=st.integers(3, 40), k=st.integers(1, 5), seed=st.integers(0, 99), t=TEMPERATURES)
 @settings(deadline=None)
 def test_truncated_targets_give_torchs_cross_entropy_with_the_rest_as_one_class(
-    rows: int, k: int, seed: int
+    rows: int, k: int, seed: int, t: float
 ) -> None:
     k = min(k, rows - 1)
     logits, probs = distributions(4, rows, seed)
     top, columns = probs.topk(k, 1)
-    q = logits.double().softmax(1)
+    q = (logits.double() / t).softmax(1)
     merged = torch.cat([q.gather(1, columns), 1 - q.gather(1, columns).sum(1, keepdim=True)], 1)
     target = torch.cat([top, 1 - top.sum(1, keepdim=True)], 1).double()
-    want = cross_entropy(merged.log(), target, reduction="none")
-    torch.testing.assert_close(soft_cross_entropy(logits, columns, top).double(), want, rtol=1e-4, atol=1e-4)
+    want = t**2 * cross_entropy(merged.log(), target, reduction="none")
+    got = soft_cross_entropy(logits, columns, top, t).double()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * t**2)
+
+
+def test_at_high_temperatures_the_gradient_is_that_of_matching_centred_logits() -> None:
+    """Hinton, Vinyals, Dean, equation 4: (z - mean z - v + mean v) / rows, at any t large beside the logits."""
+    z, _ = distributions(5, 6, 2)
+    v, t = z.flip(0), 1e3
+    logits = z.double().requires_grad_()
+    columns = torch.arange(6).expand(5, -1)
+    soft_cross_entropy(logits, columns, (v.double() / t).softmax(1), t).sum().backward()
+    gap = z - v
+    want = (gap - gap.mean(1, keepdim=True)) / 6
+    torch.testing.assert_close(logits.grad, want.double(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_temperature_without_soft_labels_is_refused() -> None:
+    with pytest.raises(ValueError, match="temperature is for labels soft"):
+        Retrain(temperature=2.0)
 
 
 def test_the_loss_less_the_targets_entropy_is_torchs_divergence_and_least_at_the_target() -> None:
@@ -98,15 +121,19 @@ def test_a_one_hot_target_is_a_hard_label_even_where_the_model_is_sure() -> None
         assert torch.isfinite(given.grad).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("classify", [True, False])
-def test_soft_labels_are_the_models_own_distribution(tiny_finetuned: str, classify: bool) -> None:
+def test_soft_labels_are_the_models_own_distribution(
+    tiny_finetuned: str, classify: bool, temperature: float
+) -> None:
     examples, label_ids = documents(tiny_finetuned, classify)
     model = load_model(tiny_finetuned, torch.float32)
-    soft = soft_labels(model, examples, label_ids, 5, 470, tokens_per_batch=64)
+    soft = soft_labels(model, examples, label_ids, 5, 470, temperature, tokens_per_batch=64)
     row = 0
     for i in range(len(examples)):
         span = slice(examples.offsets[i], examples.offsets[i + 1])
-        logits = model(torch.tensor(examples.tokens[span], dtype=torch.int64)[None]).logits[0].detach()
+        logits = model(torch.tensor(examples.tokens[span], dtype=torch.int64)[None]).logits[0]
+        logits = logits.detach() / temperature
         for t in np.flatnonzero(examples.targets[span] != IGNORE):
             if label_ids is None:
                 want = logits[t, :470].softmax(0)  # the rows that both vocabularies have
@@ -142,22 +169,26 @@ def test_training_on_one_hot_distributions_is_training_on_labels(tiny_base: str,
         torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("t", [1.0, 2.0])
 @pytest.mark.parametrize("classify", [True, False])
 def test_distilling_brings_the_base_nearer_to_the_fine_tuned_models_distribution(
-    tiny_base: str, tiny_finetuned: str, classify: bool
+    tiny_base: str, tiny_finetuned: str, classify: bool, t: float
 ) -> None:
     """The soft loss of theta_f itself is the entropy: training comes nearer to it, and not below."""
     examples, label_ids = documents(tiny_base, classify)
-    teacher = load_model(tiny_finetuned, torch.float32)
-    examples = dataclasses.replace(examples, soft=soft_labels(teacher, examples, label_ids, 8, 470))
+    teacher, model = load_model(tiny_finetuned, torch.float32), load_model(tiny_base, torch.float32)
+    examples = dataclasses.replace(examples, soft=soft_labels(teacher, examples, label_ids, 8, 470, t))
     batch = pad(examples, np.arange(len(examples)))
-    with torch.no_grad():
-        least = document_losses(teacher, batch, label_ids).mean()
-        model = load_model(tiny_base, torch.float32)
-        before = document_losses(model, batch, label_ids).mean()
-        recipe = Retrain(epochs=10, batch_size=6, learning_rate=3e-3, dtype="float32")
+
+    @torch.no_grad()
+    def loss(of: torch.nn.Module) -> torch.Tensor:
+        return document_scores(of, batch, label_ids, temperature=t)[0].mean()
+
+    least, before = loss(teacher), loss(model)
+    recipe = Retrain(
+        epochs=10, batch_size=6, learning_rate=3e-3, dtype="float32", labels="soft", temperature=t
+    )
     train_plain(model, examples, recipe, 0, label_ids)
-    with torch.no_grad():
-        after = document_losses(model, batch, label_ids).mean()
+    after = loss(model)
     assert least <= after + 1e-5
     assert after - least < 0.5 * (before - least)
