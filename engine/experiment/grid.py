@@ -237,9 +237,10 @@ def finetuned_key(grid: Grid, spec: RunSpec) -> str:
 
 
 def finetune_recipe(grid: Grid) -> Retrain:
-    """The retrain section by which `grid.finetune` trains: the spec's, with its changes."""
+    """The retrain section by which `grid.finetune` trains: the spec's, on hard labels, with its changes."""
     assert grid.finetune is not None
-    changes = {f"retrain.{name}": value for name, value in grid.finetune.retrain.items()}
+    fields = {"labels": "hard", "temperature": 1.0, **grid.finetune.retrain}  # soft ones are its own result's
+    changes = {f"retrain.{name}": value for name, value in fields.items()}
     recipe = _plain_spec(grid, changes, "finetune").retrain
     return recipe.model_copy(update={"epochs": grid.finetune.epochs, "early_stopping": False})
 

@@ -24,7 +24,7 @@ from scipy import stats
 from engine.checkpoints import Endpoints
 from engine.errors import UserError
 from engine.experiment import Grid, expand, summarise
-from engine.experiment.grid import COLUMNS, extraction_key
+from engine.experiment.grid import COLUMNS, extraction_key, finetune_recipe
 from engine.models import load_model
 from engine.rundir import RunDir
 from engine.select import Columns, View, select
@@ -468,6 +468,18 @@ def test_every_recipe_is_a_grid_whose_every_cell_is_valid(name: str) -> None:
     assert {"random"} < {cell.strategy for cell in cells} or name == "negative_control"
 
 
+def test_a_model_is_fine_tuned_on_hard_labels_whatever_its_retraining_learns() -> None:
+    """Soft ones are the fine-tuned model's own: both recipes have one model to recover from, and one extraction."""
+    hard, soft = read_grid("agnews_baseline", []), read_grid("agnews_distilled", [])
+    assert finetune_recipe(soft) == finetune_recipe(hard)
+    (one,), (other,) = ({cell.spec.models.finetuned for cell in expand(made)} for made in (hard, soft))
+    assert one == other
+    assert {cell.spec.run_dir for cell in expand(hard)} == {cell.spec.run_dir for cell in expand(soft)}
+    assert {(cell.spec.retrain.labels, cell.spec.retrain.temperature) for cell in expand(soft)} == {
+        ("soft", 4)
+    }
+
+
 def test_options_change_a_recipe(tmp_path: Path) -> None:
     changed = read_grid(
         "agnews_baseline", ["--spec.select.size", "77", "--grid.seed", "[5]", "--run_dir", "x"]
@@ -479,5 +491,7 @@ def test_options_change_a_recipe(tmp_path: Path) -> None:
         read_grid("agnews_baseline", ["--run_dir"])
     with pytest.raises(UserError, match="recipes are"):
         read_grid("no_such_recipe", [])
-    with pytest.raises(UserError, match=r"did you mean agnews_baseline or paper_agnews\?"):
+    with pytest.raises(
+        UserError, match=r"did you mean agnews_baseline or agnews_distilled or paper_agnews\?"
+    ):
         read_grid("agnews", [])
