@@ -90,9 +90,8 @@ def _moving_rows(
     model: transformers.PreTrainedModel, retrain: Retrain, label_ids: list[int] | None
 ) -> torch.Tensor | None:
     """The only rows of the output layer that a step can move, ascending; None where it may move all."""
-    fed = not (
-        retrain.freeze_below or retrain.freeze_body
-    )  # an embedding below what is frozen has no gradient
+    # an embedding that feeds frozen blocks has no gradient of its own (`engine.recipe`)
+    fed = not (retrain.freeze_below or retrain.freeze_body)
     tied = model.get_input_embeddings().weight is find_head(model).weight
     if label_ids is None or retrain.weight_decay or (tied and fed):
         return None
