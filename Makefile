@@ -42,7 +42,7 @@ audit: $(READY)
 	$(BIN)/pip-audit --skip-editable
 
 bench: $(READY)
-	for name in agnews attention extract layers projection retrain select million; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+	for name in agnews attention extract layers precision projection retrain select million; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs

@@ -137,8 +137,15 @@ def _gpu() -> Check:
 
 
 def _cpu() -> Check:
+    from engine.precision import multiplies_bfloat16
+
     free, there = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    return Check("cpu", "ok", f"{free} of {there} cores" if free != there else f"{there} cores")
+    found = f"{free} of {there} cores" if free != there else f"{there} cores"
+    if multiplies_bfloat16():
+        return Check("cpu", "ok", found)
+    return Check(
+        "cpu", "note", found, "it has no instructions for bfloat16, so `auto` types are float32 here"
+    )
 
 
 def _memory() -> Check:

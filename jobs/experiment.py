@@ -38,7 +38,7 @@ from jobs.evaluate import frozen_below, judgement_inputs, measure
 from jobs.extract import extract
 from jobs.finetune import fine_tune
 from jobs.grids import grid_yaml, read_grid, recipes
-from jobs.job import Job
+from jobs.job import Job, begun
 from jobs.options import Parser
 from jobs.progress import Progress, Stage
 from jobs.retrain import check, train_job
@@ -117,7 +117,7 @@ class Experiment:
             raise UserError(f"an experiment needs a folder that all workers see, and {grid.run_dir} is none.")
         self.grid = grid.model_copy(update={"run_dir": self.run_dir.uri})
         self.quiet, self.verbose = quiet, verbose
-        self.cells = expand(self.grid)
+        self.cells = [dataclasses.replace(cell, spec=begun(cell.spec)) for cell in expand(self.grid)]
         self.progress = Progress(self.run_dir, quiet)
         self._jobs: dict[str, Job] = {}
         self._bases: dict[str, str] = {}

@@ -50,6 +50,10 @@ def prepare(job: Job) -> Prepared:
     Raises:
         UserError: models, labels, layers or corpus are not usable; the run directory is left as it was.
     """
+    if job.widened:
+        job.progress.say(
+            "`auto` types are float32 in this run: a CPU without instructions for bfloat16 imitates it"
+        )
     with job.run.unchanged_on_mistake():
         target = choose_target(job.spec, job.endpoints, job.encoder.label_ids)
         complete = job.run.exists(f"{STAGES}/{STAGE}.json")

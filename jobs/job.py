@@ -17,7 +17,8 @@ from engine.encode import Encoder, spec_encoder
 from engine.errors import UserError
 from engine.evaluate.task import TestSet
 from engine.lock import RunLock
-from engine.rundir import ENDPOINTS, RunDir, fingerprint
+from engine.precision import settled
+from engine.rundir import ENDPOINTS, SPEC, RunDir, fingerprint
 from engine.sources import resolve
 from engine.spec import RunSpec
 from jobs.progress import Progress
@@ -27,7 +28,7 @@ from jobs.testset import read_test
 
 @dataclasses.dataclass
 class Job:
-    """One invocation: `spec`, its run directory, and where it reports to."""
+    """One invocation: `spec`, whose `auto` types are decided here, its run directory, and where it reports to."""
 
     spec: RunSpec
     quiet: bool = False
@@ -36,6 +37,8 @@ class Job:
     def __post_init__(self) -> None:
         transformers.utils.logging.disable_progress_bar()
         self.run = RunDir(self.spec.run_dir)
+        given, self.spec = self.spec, begun(self.spec)
+        self.widened = self.spec != given
         self.progress = Progress(self.run, self.quiet)
 
     def guarded(
@@ -108,6 +111,12 @@ class Job:
         """A section of the spec as flat fingerprint fields, `section.field` -> value."""
         fields = getattr(self.spec, name).model_dump(mode="json")
         return {f"{name}.{field}": value for field, value in fields.items() if field not in without}
+
+
+def begun(spec: RunSpec) -> RunSpec:
+    """The spec as its run directory has it where it says `auto`; see `settled`."""
+    run = RunDir(spec.run_dir)
+    return settled(spec, run.load_spec() if run.exists(SPEC) else None)
 
 
 def local_copy(run: RunDir, name: str) -> str:

@@ -28,7 +28,10 @@ class Gradients(Section):
     )
     dim: int = Field(4096, ge=8, description="projected size d (exact ignores it)")
     seed: int = Field(0, ge=0, description="seed of the projector")
-    dtype: DType = Field("auto", description="type of the forward pass; auto: bfloat16")
+    dtype: DType = Field(
+        "auto",
+        description="type of the forward pass; auto: bfloat16, or float32 on a CPU without instructions for it",
+    )
     tokens_per_batch: int | None = Field(
         None,
         ge=1,

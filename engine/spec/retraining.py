@@ -45,7 +45,10 @@ class Retrain(Placement):
     micro_batch_size: int | None = Field(
         None, ge=1, description="documents in one forward pass of a worker; default: its share of the step"
     )
-    dtype: DType = Field("auto", description="auto: bfloat16 with float32 master weights")
+    dtype: DType = Field(
+        "auto",
+        description="auto: bfloat16 with float32 master weights, or float32 on a CPU without instructions for it",
+    )
     freeze_below: int = Field(
         0, ge=0, description="train only the blocks from this one up, the norm and the head"
     )

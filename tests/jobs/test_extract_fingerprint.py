@@ -61,6 +61,31 @@ def test_the_fingerprint_holds_seed_kind_and_whatever_else_changes_bytes(
     assert len(others - same) == len(CHANGES) + 1
 
 
+def test_a_run_begun_where_bfloat16_is_imitated_goes_on_in_float32_elsewhere(
+    tiny_base: str, tiny_finetuned: str, tiny_corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {
+        "run_dir": str(tmp_path / "run"),
+        "models": {"base": tiny_base, "finetuned": tiny_finetuned},
+        "corpus": {"paths": [tiny_corpus]},
+        "task": {"labels": tiny.LABELS, "template": "{text} topic:"},
+        "extract": {"threads": 1, "gpus_per_worker": 0},
+        "select": {"size": 5},
+    }
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def inputs(native: bool) -> dict[str, Any]:
+        monkeypatch.setattr("engine.precision.multiplies_bfloat16", lambda: native)
+        job = Job(RunSpec.from_dict(fields), quiet=True)
+        found = _inputs(job, prepare(job).plan)
+        job.run.save_spec(job.spec)
+        return found
+
+    begun = inputs(native=False)
+    assert begun["gradients.dtype"] == "float32"
+    assert inputs(native=True) == begun
+
+
 @pytest.mark.parametrize("kind", ["rademacher", "tensorsketch"])
 def test_the_store_says_which_projector_made_it(
     tiny_base: str, tiny_finetuned: str, tiny_corpus: str, kind: str
