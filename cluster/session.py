@@ -156,17 +156,25 @@ def _answer(address: str) -> None:
 
 
 def _start_local(settings: Ray, verbose: bool) -> None:
-    with contextlib.nullcontext() if verbose else _without_stderr(), _loopback():
-        ray.init(
-            address="local",
-            num_cpus=settings.num_cpus,
-            num_gpus=settings.num_gpus,
-            include_dashboard=False,
-            log_to_driver=verbose,
-            logging_level=_level(verbose),
-            object_store_memory=settings.object_store_mb << 20,
-            runtime_env=worker_env(),
-        )
+    try:
+        with contextlib.nullcontext() if verbose else _without_stderr(), _loopback():
+            ray.init(
+                address="local",
+                num_cpus=settings.num_cpus,
+                num_gpus=settings.num_gpus,
+                include_dashboard=False,
+                log_to_driver=verbose,
+                logging_level=_level(verbose),
+                object_store_memory=settings.object_store_mb << 20,
+                runtime_env=worker_env(),
+            )
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray 2.60 has no class for it
+            raise
+        raise ConnectionError(
+            "its processes did not answer within 30 seconds, as on a machine that other work keeps busy: the same "
+            "command tries again."
+        ) from None
 
 
 @contextlib.contextmanager

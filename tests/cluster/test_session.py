@@ -14,6 +14,7 @@ import pytest
 
 from cluster import session
 from cluster.session import _answer, _knock
+from engine.errors import UserError
 from engine.spec import Ray
 
 
@@ -61,6 +62,25 @@ def test_what_the_raylet_says_is_shown_only_if_asked_for(
         session.ray_worker.print_to_stdstream({"lines": ["in"]}, ignore_prefix=False)
     session.ray_worker.print_to_stdstream({"lines": ["after"]}, ignore_prefix=False)
     assert said == (["in", "after"] if verbose else ["after"])
+
+
+def test_a_machine_too_busy_to_start_ray_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "The current node timed out during startup. This could happen because some of the raylet failed"
+
+    def late(**_: object) -> None:
+        raise Exception(said)
+
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.ray, "init", late)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(UserError, match="its processes did not answer within 30 seconds"),
+        session.session(Ray()),
+    ):
+        pass
+    said = "another of Ray's own mistakes"
+    with pytest.raises(Exception, match="another of"), session.session(Ray()):
+        pass
 
 
 STOPPED_AS_IT_STARTS = """
