@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from faults.forked_workers import forked_ray
 from hypothesis import settings
 
 # CI repeats one set of examples, so that a submission is not judged by chance; by hand new ones are tried.
@@ -110,17 +109,31 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """Ray on eight pretended CPUs, no other one is found by; its workers begin in a moment."""
-    os.environ.update(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1", RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60")
+    """Ray on eight pretended CPUs, in a temp folder of its own so that no other instance is found."""
+    os.environ.update(
+        RAY_AUTH_MODE="disabled",
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+        RAY_BACKEND_LOG_LEVEL="fatal",
+        RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1",
+        RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
+    )
     import ray
 
     from cluster.session import without_raylet
 
-    with forked_ray() as address:
-        ray.init(address=address, log_to_driver=False)
-        logging.getLogger("ray.data").setLevel(
-            logging.ERROR
-        )  # what it says once would be in one test's output
-        with without_raylet():  # what it says late would be in the next one's
-            yield
-        ray.shutdown()
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths end at 107 bytes
+    ray.init(
+        address="local",
+        num_cpus=8,
+        num_gpus=0,  # a GPU has tests of its own: here every machine does the same
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200 << 20,
+        _temp_dir=folder,
+    )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # what it says once would be in one test's output
+    with without_raylet():  # what it says late would be in the next one's
+        yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

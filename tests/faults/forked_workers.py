@@ -71,7 +71,7 @@ def head(folder: str) -> None:
 
     RayParams.__init__ = _with_setup(RayParams.__init__)  # type: ignore[method-assign]
     ray.init(
-        address="local", num_cpus=8, num_gpus=0, include_dashboard=False, log_to_driver=False,
+        address="local", num_cpus=8, include_dashboard=False, log_to_driver=False,
         object_store_memory=200 << 20, _temp_dir=folder,
     )  # fmt: skip
     Path(folder, "new").write_text(str(ray.get_runtime_context().gcs_address))
