@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_worker_niceness", "0")  # else Ray's workers wait for the other test process
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # no test gets a Ray that nobody has started
 
 import logging
