@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -73,12 +75,21 @@ def save(
     Raises:
         UserError: no space or no permission.
     """
-    with written_whole(target, notes) as part:
+    with written_whole(target, notes) as part, _as_it_is():
         # transformers empties the mapping it is given, so it gets a copy
         model.save_pretrained(
             part, state_dict=None if state is None else dict(state), safe_serialization=True
         )
         tokenizer.save_pretrained(part)
+
+
+def _as_it_is() -> AbstractContextManager[Any]:
+    """Have `save_pretrained` take a model for what it is.
+
+    To learn whether it is wrapped, accelerate imports what could have wrapped it: DeepSpeed, which imports MLflow,
+    seconds at the end of every training. What is saved here is a `PreTrainedModel` and not wrapped.
+    """
+    return mock.patch.object(transformers.modeling_utils, "unwrap_model", lambda model, **_: model)
 
 
 @contextlib.contextmanager

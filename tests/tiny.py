@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from engine.encode import Encoder
 from engine.examples import load_examples
+from engine.model_files import save
 from engine.ragged import Ragged
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,8 +99,7 @@ def save_model(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(perturb * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(path, safe_serialization=True)
-    tok.save_pretrained(path)
+    save(model, tok, str(path))
     return str(path)
 
 

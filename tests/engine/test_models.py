@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,35 @@ def adapter(base: str, path: Path, seed: int = 0) -> str:
                 parameter.normal_(0, 0.3, generator=generator)
     model.save_pretrained(path)
     return str(path)
+
+
+PLAINLY_TRAINED = """
+import sys
+import numpy as np, torch
+from engine.model_files import save
+from engine.models import load_model, load_tokenizer
+from engine.plain_stepper import train_plain
+from engine.ragged import Ragged
+from engine.spec import Retrain
+base, target = sys.argv[1:]
+model, tokens = load_model(base, torch.float32), np.arange(8, dtype=np.int32)
+train_plain(model, Ragged(tokens, tokens, np.array([0, 8])), Retrain(epochs=1, dtype="float32", threads=1), 0)
+save(model, load_tokenizer(base), target)
+print(sorted({"deepspeed", "mlflow"} & set(sys.modules)))
+"""
+
+
+def test_a_training_without_deepspeed_does_not_import_it(tiny_base: str, tmp_path: Path) -> None:
+    """Nor MLflow, which DeepSpeed imports: seconds of every training, of which accelerate would ask for both."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLAINLY_TRAINED, tiny_base, str(tmp_path / "model")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "[]\n", done.stderr
+    require_safetensors(str(tmp_path / "model"))
 
 
 def test_an_adapter_is_merged_into_what_peft_computes(tiny_base: str, tmp_path: Path) -> None:
