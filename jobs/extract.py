@@ -50,10 +50,6 @@ def prepare(job: Job) -> Prepared:
     Raises:
         UserError: models, labels, layers or corpus are not usable; the run directory is left as it was.
     """
-    if job.widened:
-        job.progress.say(
-            "`auto` types are float32 in this run: a CPU without instructions for bfloat16 imitates it"
-        )
     with job.run.unchanged_on_mistake():
         target = choose_target(job.spec, job.endpoints, job.encoder.label_ids)
         complete = job.run.exists(f"{STAGES}/{STAGE}.json")
@@ -94,6 +90,10 @@ def _inputs(job: Job, plan: Plan) -> dict[str, Any]:
 
 def _extract(job: Job, ready: Prepared, inputs: dict[str, Any]) -> dict[str, Any]:
     plan, target = ready.plan, ready.target
+    if job.widened:
+        job.progress.say(
+            "`auto` types are float32 in this run: a CPU without instructions for bfloat16 imitates it"
+        )
     delta, delta_norm = ready.delta or target.project(job.endpoints)
     _warn_models(job, target, delta_norm)
     stamp = fingerprint(inputs)

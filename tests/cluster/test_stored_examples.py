@@ -36,6 +36,7 @@ TEMPLATE = (
 
 def recipe(**changes: object) -> Retrain:
     defaults = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "dtype": "float32", "threads": 1}
+    defaults["parallel"] = 2
     return Retrain(**{**defaults, **changes})
 
 

@@ -55,7 +55,10 @@ def grid(folder: Path, base: str, corpus: str, test: Path, **changes: Any) -> di
             "gradients": {"dtype": "float32", "projector": "rademacher"},
             "extract": {"threads": 1, "workers_max": 1},
             "select": {"size": 8},
-            "retrain": {"epochs": 1, "batch_size": 8, "dtype": "float32", "checkpoint_steps": 0, "threads": 1},
+            "retrain": {
+                "epochs": 1, "batch_size": 8, "dtype": "float32", "checkpoint_steps": 0, "threads": 1,
+                "parallel": 2,  # of eight pretended CPUs two are there, and each lane is six processes
+            },
             "evaluate": {
                 "test": [str(test)], "validation_share": 0.0, "train": ["data:hidden"], "embedder": "base",
             },

@@ -43,7 +43,7 @@ def spec(
         "select": {"size": 16},
         "retrain": {
             "strategies": ["random", "greedy"], "seeds": [0, 1], "epochs": 1, "batch_size": 8, "dtype": "float32",
-            "checkpoint_steps": 0, "threads": 1,
+            "checkpoint_steps": 0, "threads": 1, "parallel": 2,
         },
         "evaluate": {"test": [str(tiny_test)]},
     }  # fmt: skip
