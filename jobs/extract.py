@@ -92,7 +92,7 @@ def _extract(job: Job, ready: Prepared, inputs: dict[str, Any]) -> dict[str, Any
     plan, target = ready.plan, ready.target
     if job.widened:
         job.progress.say(
-            "`auto` types are float32 in this run: a CPU without instructions for bfloat16 imitates it"
+            "`auto` types are float32 in this run, which began on a CPU without instructions for bfloat16"
         )
     delta, delta_norm = ready.delta or target.project(job.endpoints)
     _warn_models(job, target, delta_norm)
