@@ -227,6 +227,7 @@ def test_ctrl_c_stops_the_job_only_where_somebody_says_so(
         following = subprocess.Popen(
             [*command, "--address", head], env=environment(), cwd="/", stdout=file, stderr=file,
             stdin=stdin if answer else subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell runs behind
         )  # fmt: skip
     wait_for(lambda: (run / "spec.yaml").exists())  # the job is at work
     following.send_signal(signal.SIGINT)
