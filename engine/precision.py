@@ -13,7 +13,7 @@ def multiplies_bfloat16() -> bool:
     """Whether this machine multiplies bfloat16 matrices as fast as float32 ones at least.
 
     GPUs do. Of CPUs those do for which oneDNN has kernels: x86 with AVX-512, and ARM with the bf16 extension. Elsewhere
-    torch falls back on loops, whose backward takes 28 times as long as float32's (docs/decisions.md).
+    torch falls back on loops, whose backward takes 31 times as long as float32's (docs/decisions.md).
     """
     if torch.cuda.is_available():
         return True

@@ -117,7 +117,10 @@ class Experiment:
             raise UserError(f"an experiment needs a folder that all workers see, and {grid.run_dir} is none.")
         self.grid = grid.model_copy(update={"run_dir": self.run_dir.uri})
         self.quiet, self.verbose = quiet, verbose
-        self.cells = [dataclasses.replace(cell, spec=begun(cell.spec)) for cell in expand(self.grid)]
+        self.cells = [
+            dataclasses.replace(cell, spec=begun(cell.spec, RunDir(cell.spec.run_dir)))
+            for cell in expand(self.grid)
+        ]
         self.progress = Progress(self.run_dir, quiet)
         self._jobs: dict[str, Job] = {}
         self._bases: dict[str, str] = {}

@@ -37,7 +37,7 @@ class Job:
     def __post_init__(self) -> None:
         transformers.utils.logging.disable_progress_bar()
         self.run = RunDir(self.spec.run_dir)
-        given, self.spec = self.spec, begun(self.spec)
+        given, self.spec = self.spec, begun(self.spec, self.run)
         self.widened = self.spec != given
         self.progress = Progress(self.run, self.quiet)
 
@@ -113,9 +113,8 @@ class Job:
         return {f"{name}.{field}": value for field, value in fields.items() if field not in without}
 
 
-def begun(spec: RunSpec) -> RunSpec:
+def begun(spec: RunSpec, run: RunDir) -> RunSpec:
     """The spec as its run directory has it where it says `auto`; see `settled`."""
-    run = RunDir(spec.run_dir)
     return settled(spec, run.load_spec() if run.exists(SPEC) else None)
 
 

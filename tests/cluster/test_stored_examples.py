@@ -35,8 +35,9 @@ TEMPLATE = (
 
 
 def recipe(**changes: object) -> Retrain:
-    defaults = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "dtype": "float32", "threads": 1}
-    defaults["parallel"] = 2
+    defaults = {
+        "epochs": 2, "batch_size": 8, "learning_rate": 1e-2, "dtype": "float32", "threads": 1, "parallel": 2,
+    }  # fmt: skip
     return Retrain(**{**defaults, **changes})
 
 
