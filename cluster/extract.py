@@ -26,6 +26,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.util.annotations import RayDeprecationWarning
 
+from cluster import losses
 from cluster.metrics import Extraction
 from cluster.resources import options
 from cluster.session import gpus_per_worker
@@ -87,12 +88,51 @@ def threads_per_worker(settings: Extract) -> int:
     return 1 if gpus_per_worker(settings.gpus_per_worker) else os.cpu_count() or 1
 
 
-def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, Any]], None]) -> None:
+def extract(
+    job: ExtractJob,
+    todo: list[int],
+    on_receipt: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
     """Write the given partitions; `on_receipt` gets each completion record as it arrives, in any order.
 
+    Where a node was lost, and with it more tries than Ray makes (it may make all of them before it knows that the
+    node has gone), the stream begins anew on the nodes that are left, `max_attempts` times without any progress.
+
     Raises:
-        UserError: a worker met a user's mistake, such as a corpus file that has gone.
+        UserError: a worker met a user's mistake, such as a corpus file that has gone; or no try succeeded.
     """
+    metrics = Extraction(job.run_uri, job.plan.n_partitions, len(todo))
+    limit = tries = job.spec.extract.max_attempts
+    while todo:
+        nodes, attempts, written = losses.nodes(), Attempts.remote(), set[int]()
+        try:
+            for receipt in _receipts(job, todo, attempts):
+                written.add(receipt["partition"])
+                metrics.written(receipt)
+                on_receipt(receipt)
+        except LOST as error:
+            begun: dict[int, int] = ray.get(attempts.unfinished.remote())
+            tries = limit if written else tries - 1
+            if tries == 0 or not losses.any_lost(nodes):
+                raise _lost(error, begun, limit) from None
+            say("a node was lost with what was computed there; the others go on")
+        finally:
+            ray.kill(attempts)
+        todo = [partition for partition in todo if partition not in written]
+
+
+def _receipts(job: ExtractJob, todo: list[int], attempts: Any) -> Iterator[dict[str, Any]]:
+    """One stream over the partitions: their completion records, in any order; UserError of a worker, `LOST` of Ray."""
+    for row in _stream(job, todo, attempts).iter_rows():
+        receipt = json.loads(row["receipt"])
+        if "error" in receipt:
+            raise UserError(receipt["error"])
+        yield receipt
+
+
+def _stream(job: ExtractJob, todo: list[int], attempts: Any) -> ray.data.Dataset:
+    """The stream, which begins when it is read."""
     settings = job.spec.extract
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -100,12 +140,11 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
     context.autoscaling_config.actor_pool_util_upscaling_threshold = GROW_AT
     cpus, gpus = actor_resources(settings, job.threads)
     context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=_ahead(job))
-    attempts = Attempts.remote()
     with warnings.catch_warnings():
         # Ray 2.60 deprecates the only way to limit retries before it has another.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         replaced: dict[str, Any] = {"max_restarts": -1, "max_task_retries": settings.max_attempts - 1}
-        stream = (
+        return (
             ray.data.from_items([{"partition": p} for p in todo], override_num_blocks=len(todo))
             .map(
                 EncodePartition,
@@ -125,13 +164,6 @@ def extract(job: ExtractJob, todo: list[int], on_receipt: Callable[[dict[str, An
                 **replaced,
             )
         )
-    metrics = Extraction(job.run_uri, job.plan.n_partitions, len(todo))
-    for row in _rows(stream, attempts, settings.max_attempts):
-        receipt = json.loads(row["receipt"])
-        if "error" in receipt:
-            raise UserError(receipt["error"])
-        metrics.written(receipt)
-        on_receipt(receipt)
 
 
 def actor_resources(settings: Extract, threads: int) -> tuple[float, float]:
@@ -178,22 +210,16 @@ def _ahead(job: ExtractJob) -> int:
     return max(AHEAD_BYTES, PARTITIONS_AHEAD * longest * actors(job))
 
 
-def _rows(stream: ray.data.Dataset, attempts: Any, limit: int) -> Iterator[dict[str, Any]]:
-    """The stream's rows; a partition that took its worker down `limit` times is one sentence with its name."""
-    try:
-        yield from stream.iter_rows()
-    except LOST as error:
-        begun: dict[int, int] = ray.get(attempts.unfinished.remote())
-        # A worker holds several partitions: any that was there each time may be the one.
-        worst = sorted(partition for partition, times in begun.items() if times == max(begun.values()))
-        who = f"partition {' or '.join(map(str, worst))}" if worst else "a partition"
-        raise UserError(
-            f"{who} was lost {limit} times with its worker, out of memory perhaps ({first_line(error)}): lower "
-            "gradients.tokens_per_batch or extract.workers_max; the partitions that were written are kept, and "
-            "the same command goes on from here."
-        ) from None
-    finally:
-        ray.kill(attempts)
+def _lost(error: Exception, begun: dict[int, int], limit: int) -> UserError:
+    """One sentence with the name of the partition that took its worker down `limit` times."""
+    # A worker holds several partitions: any that was there each time may be the one.
+    worst = sorted(partition for partition, times in begun.items() if times == max(begun.values()))
+    who = f"partition {' or '.join(map(str, worst))}" if worst else "a partition"
+    return UserError(
+        f"{who} was lost {limit} times with its worker, out of memory perhaps ({first_line(error)}): lower "
+        "gradients.tokens_per_batch or extract.workers_max; the partitions that were written are kept, and "
+        "the same command goes on from here."
+    )
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)

@@ -126,7 +126,7 @@ def _extract(job: Job, ready: Prepared, inputs: dict[str, Any]) -> dict[str, Any
                 lowered.see(receipt)
                 stage.advance(receipt["rows"])
 
-            cluster.extract.extract(work, todo, on_receipt)
+            cluster.extract.extract(work, todo, on_receipt, lambda text: job.progress.warn(STAGE, text))
     missing = sorted(set(range(plan.n_partitions)) - store.done(stamp).keys())
     if missing:
         raise UserError(

@@ -62,6 +62,21 @@ def test_extraction_begins_on_the_first_node_grows_onto_the_next_and_loses_none_
     assert_same(folder, serial)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lost_node_costs_no_partition_its_only_try(case: Path, serial: Path) -> None:
+    """Ray is told not to try again, as if it had made all its tries before it knew that the node had gone."""
+    folder = case.parent / "one-try"
+    with nodes_of(2) as nodes:
+        driver = Driver("extract", case, folder, nodes.address, "--extract.max_attempts", "1")
+        wait_until(lambda: written(folder) >= 2, lambda: driver.alive)
+        nodes.lose(wait_until(lambda: nodes.holding(GRADIENTS), lambda: driver.alive)[0])
+        assert written(folder) < 24
+        assert driver.wait(300) == 0, driver.said.read_text()
+    assert "a node was lost" in (folder / "log.jsonl").read_text()
+    assert_same(folder, serial)
+
+
 def test_sigterm_to_a_gradient_worker_ends_what_it_has_begun_and_nothing_is_done_twice(
     case: Path, serial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

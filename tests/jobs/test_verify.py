@@ -155,9 +155,9 @@ def test_a_repair_repeats_what_was_hit_and_nothing_else(
     todo: list[int] = []
     real = cluster.extract.extract
 
-    def spy(job: Any, some: list[int], receipt: Any) -> None:
+    def spy(job: Any, some: list[int], *more: Any) -> None:
         todo.extend(some)
-        real(job, some, receipt)
+        real(job, some, *more)
 
     monkeypatch.setattr(cluster.extract, "extract", spy)
     for command in ("extract", "select"):
