@@ -90,8 +90,8 @@ def one_actor(
     job = Job(make_spec(run, models, tiny_corpus), quiet=True)
     real = cluster.extract.extract
 
-    def spy(work: Any, todo: list[int], on_receipt: Any) -> None:
-        real(work, todo, lambda receipt: (receipts.append(receipt), on_receipt(receipt)))
+    def spy(work: Any, todo: list[int], on_receipt: Any, say: Any) -> None:
+        real(work, todo, lambda receipt: (receipts.append(receipt), on_receipt(receipt)), say)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster.extract, "extract", spy)
@@ -114,7 +114,7 @@ def test_a_pool_grows_beyond_its_least_while_partitions_wait(
     seen: set[str] = set()
     real = cluster.extract.extract
 
-    def watched(job: Any, todo: list[int], on_receipt: Any) -> None:
+    def watched(job: Any, todo: list[int], on_receipt: Any, say: Any) -> None:
         def look(receipt: dict[str, Any]) -> None:
             found = ray._private.state.actors().items()
             writers = {name for name, actor in found if "WritePartition" in actor["ActorClassName"]}
@@ -124,7 +124,7 @@ def test_a_pool_grows_beyond_its_least_while_partitions_wait(
             on_receipt(receipt)
 
         before = set(ray._private.state.actors())
-        real(job, todo, look)
+        real(job, todo, look, say)
 
     monkeypatch.setattr(cluster.extract, "extract", watched)
     corpus = tiny.save_corpus(tmp_path / "long.jsonl", 64 * 150)
@@ -181,7 +181,7 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(
     todo: list[int] = []
     real = cluster.extract.extract
     monkeypatch.setattr(
-        cluster.extract, "extract", lambda job, t, receipt: (todo.extend(t), real(job, t, receipt))
+        cluster.extract, "extract", lambda job, t, *more: (todo.extend(t), real(job, t, *more))
     )
     result = run_job(make_spec(run, models, tiny_corpus))
     assert todo == [0, 2, 3, 4, 6, 8]
