@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from cluster.agreement import agree, from_first
 from engine.errors import UserError
-from engine.storage import Folder, reason, storage_errors
+from engine.storage import Folder, failed, storage_errors
 
 
 class Checkpoints:
@@ -55,7 +55,7 @@ class Checkpoints:
             try:
                 self._write(name, write)
             except storage_errors() as error:
-                raise UserError(f"cannot write a checkpoint to {self.folder.uri}: {reason(error)}.") from None
+                raise failed(f"cannot write a checkpoint to {self.folder.uri}", error) from None
         with agree():
             if self.first:
                 self.folder.write_json(f"{name}.json", {**record, "files": self._sizes(name)})
@@ -113,7 +113,7 @@ class Checkpoints:
         try:
             write(scratch)
             for file in Folder(scratch).walk():
-                self.folder.fs.put_file(f"{scratch}/{file}", self.folder.path(f"{name}/{file}"))
+                self.folder.upload(f"{scratch}/{file}", f"{name}/{file}")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

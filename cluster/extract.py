@@ -11,14 +11,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import random
 import socket
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import ray
@@ -39,7 +37,7 @@ from engine.gradients import GradientEngine, PartitionGradients
 from engine.ragged import Ragged
 from engine.rundir import RunDir
 from engine.spec import Extract, RunSpec
-from engine.storage import storage_errors
+from engine.storage import again
 from engine.store import GradientStore
 from engine.target import Target
 
@@ -62,9 +60,6 @@ PARTITIONS_AHEAD, TOKEN_BYTES, AHEAD_BYTES = 4, 8, 16 << 20
 
 ENCODE_CPUS = 0.25
 """CPUs an encode task asks for: small, so that it is placed beside actors that hold every whole CPU."""
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -274,22 +269,6 @@ def _pool(smallest: int, largest: int | None, calls: int = 1) -> ActorPoolStrate
     )
 
 
-BACK_OFF = 0.5
-"""Seconds before storage that failed is tried again, doubled each time, and up to as much again by chance."""
-
-
-def _attempt(work: Callable[[], T], attempts: int) -> T:
-    """The work's result; failing storage is tried again, and at last a UserError like any other mistake."""
-    for last in range(1, attempts + 1):
-        try:
-            return work()
-        except storage_errors() as error:
-            if last == attempts:
-                raise UserError(f"storage failed {attempts} times: {first_line(error)}.") from None
-            time.sleep(BACK_OFF * 2 ** (last - 1) * (1 + random.random()))
-    raise AssertionError("attempts is at least 1")
-
-
 class EncodePartition:
     """Reads a partition's documents and encodes them; the tokenizer is loaded once an actor."""
 
@@ -308,7 +287,7 @@ class EncodePartition:
         partition = int(row["partition"])
         try:
             with _counted(self.attempts, partition):
-                return _attempt(lambda: self._encode(partition), self.job.spec.extract.max_attempts)
+                return again(lambda: self._encode(partition), self.job.spec.extract.max_attempts)
         except UserError as error:
             return _packed(partition, None, {"error": str(error)})
 
@@ -355,7 +334,7 @@ class WritePartition:
             return {"receipt": row["about"]}
         try:
             with _counted(self.attempts, int(row["partition"])):
-                record = _attempt(lambda: self._write(row, about), self.job.spec.extract.max_attempts)
+                record = again(lambda: self._write(row, about), self.job.spec.extract.max_attempts)
         except UserError as error:
             record = {"error": str(error)}
         return {"receipt": json.dumps(record)}

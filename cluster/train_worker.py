@@ -20,7 +20,7 @@ import ray
 
 from cluster.train import DONE, Stored, TrainJob
 from engine.errors import UserError
-from engine.storage import Folder, reason, storage_errors
+from engine.storage import Folder, failed, storage_errors
 
 
 def worker(config: dict[str, Any]) -> None:
@@ -235,7 +235,7 @@ def _export(job: TrainJob, stepper: Any, tokenizer: Any, target: str, metrics: d
                     else:
                         save(stepper.model, tokenizer, folder, state, notes)
                 except storage_errors() as error:
-                    raise UserError(f"cannot write the model {target}: {reason(error)}.") from None
+                    raise failed(f"cannot write the model {target}", error) from None
 
 
 @contextmanager
@@ -249,7 +249,7 @@ def _local(target: str) -> Iterator[str]:
     try:
         yield f"{scratch}/model"
         for name in sorted(os.listdir(f"{scratch}/model"), key=lambda name: name == DONE):
-            remote.fs.put_file(f"{scratch}/model/{name}", remote.path(name))
+            remote.upload(f"{scratch}/model/{name}", name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -15,6 +15,10 @@ class UserError(Exception):
     """
 
 
+class StorageError(UserError):
+    """Storage failed, after its client's own tries, in a way that may be over when the same is tried again."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, without a full stop, to be part of a sentence."""
     lines = [line for line in str(error).splitlines() if line.strip()]

@@ -8,20 +8,30 @@ import hashlib
 import io
 import json
 import os
+import random
 import sys
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.errors import UserError
+from engine.errors import StorageError, UserError, first_line
 
 GROUP_ROWS = 4096
 """Rows of a row group: what a reader of a part of a table has to take in."""
+
+TRIES, BACK_OFF = 4, 0.5
+"""Tries of an upload; seconds before the second, doubled each time, and up to as much again by chance."""
+
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What no second try mends."""
+
+T = TypeVar("T")
 
 _CLIENT_ERRORS = (
     ("botocore.exceptions", "BotoCoreError"),
@@ -44,6 +54,27 @@ def client_errors() -> tuple[type[Exception], ...]:
 def storage_errors() -> tuple[type[Exception], ...]:
     """The exceptions of storage that fails, for an `except` clause."""
     return (OSError, *client_errors())
+
+
+def failed(doing: str, error: Exception) -> UserError:
+    """What could not be done and why, of one of `storage_errors`: a StorageError where another try may do it."""
+    lasts = isinstance(error, PermissionError | FileNotFoundError) or getattr(error, "errno", None) in LASTING
+    return (UserError if lasts else StorageError)(f"{doing}: {reason(error)}.")
+
+
+def again(work: Callable[[], T], tries: int = TRIES) -> T:
+    """The work's result; where storage fails it is done again, after growing pauses, and at last a UserError."""
+    for last in range(1, tries + 1):
+        try:
+            return work()
+        except Exception as error:  # of modules that the work itself may have loaded
+            outage = isinstance(error, StorageError)
+            if not (outage or isinstance(error, storage_errors())) or (outage and last == tries):
+                raise
+            if last == tries:
+                raise UserError(f"storage failed {tries} times: {first_line(error)}.") from None
+            time.sleep(BACK_OFF * 2 ** (last - 1) * (1 + random.random()))
+    raise AssertionError("tries is at least 1")
 
 
 class Folder:
@@ -84,7 +115,7 @@ class Folder:
         try:
             self.fs.makedirs(self.path(name), exist_ok=True)
         except storage_errors() as error:
-            raise UserError(f"cannot create {self.path(name)}: {reason(error)}.") from None
+            raise failed(f"cannot create {self.path(name)}", error) from None
         return self.path(name)
 
     def names(self, name: str = "") -> list[str]:
@@ -107,7 +138,7 @@ class Folder:
             return bytes(self.fs.cat_file(path))
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write the whole file atomically; UserError for no space or no permission."""
+        """Write the whole file atomically; UserError for no space or no permission, StorageError for an outage."""
         path = self.path(name)
         try:
             if self.local:
@@ -115,7 +146,17 @@ class Folder:
             else:
                 self.fs.pipe_file(path, data)
         except storage_errors() as error:
-            raise UserError(f"cannot write {path}: {reason(error)}.") from None
+            raise failed(f"cannot write {path}", error) from None
+
+    def upload(self, path: str, name: str) -> None:
+        """Copy a local file to `name`, with more than one try; UserError when none succeeds."""
+        again(lambda: self._upload(path, self.path(name)))
+
+    def _upload(self, path: str, goal: str) -> None:
+        try:
+            self.fs.put_file(path, goal)
+        except storage_errors() as error:
+            raise failed(f"cannot write {goal}", error) from None
 
     def digest(self, name: str) -> str:
         """sha256 (hex) of a file; errors as those of `read_bytes`."""
@@ -157,7 +198,7 @@ class Folder:
         except storage_errors() as error:
             if not self.local and self.exists(name):  # a store's own words for "it is there"
                 return False
-            raise UserError(f"cannot write {path}: {reason(error)}.") from None
+            raise failed(f"cannot write {path}", error) from None
         return True
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:

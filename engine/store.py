@@ -25,7 +25,7 @@ from engine.gradients import PartitionGradients
 from engine.rows import RowBlock
 from engine.rundir import DONE, LAYOUT, STORE, RunDir, fingerprint
 from engine.shard_rows import ShardRows
-from engine.storage import is_outage, reason, storage_errors
+from engine.storage import failed, is_outage, storage_errors
 
 MISSING, VALID, QUARANTINED = 0, 1, 2
 CHUNK_BYTES = 128 << 10
@@ -133,6 +133,9 @@ class GradientStore:
             fingerprint: of the extraction, kept in the record.
             ids: position -> document id of the quarantined ones.
             truncated: documents that were cut before they were encoded.
+
+        Raises:
+            UserError: no space, no permission; StorageError: an outage, after which the same call may succeed.
         """
         start = partition * self.block_rows
         self._small_columns.pop(partition, None)
@@ -148,9 +151,7 @@ class GradientStore:
             try:
                 self._arrays[name][..., *_rows(name, start, start + n)] = values
             except storage_errors() as error:
-                raise UserError(
-                    f"cannot write partition {partition} to {self.run.path(STORE)}: {reason(error)}."
-                ) from None
+                raise failed(f"cannot write partition {partition} to {self.run.path(STORE)}", error) from None
         self.run.sync(self.objects(partition))
         record = {
             "partition": partition,

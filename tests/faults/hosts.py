@@ -62,7 +62,9 @@ class Hosts:
         self._bridge = f"ub{self._mark}"
         self.gateway = f"{self._net}.254"
         self.hosts: list[Host] = []
-        run("ip", "link", "add", self._bridge, "type", "bridge")
+        # An address of its own: it would take the least of its hosts', and another when that host goes, which the
+        # others would look for in vain until they ask anew.
+        run("ip", "link", "add", self._bridge, "address", "02:00:00:00:00:fe", "type", "bridge")
         run("ip", "address", "add", f"{self.gateway}/24", "dev", self._bridge)
         run("ip", "link", "set", self._bridge, "up")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -17,7 +18,6 @@ import pytest
 import s3fs
 from botocore.exceptions import ConnectionClosedError
 
-import cluster.extract
 from engine.corpus import make_plan, read_partition
 from engine.errors import UserError
 from engine.gradients import PartitionGradients
@@ -25,7 +25,7 @@ from engine.integrity import verify
 from engine.lock import LOCK, RunLock
 from engine.rundir import RunDir
 from engine.spec import Corpus
-from engine.storage import Folder
+from engine.storage import BACK_OFF, Folder, again, failed
 from engine.store import GradientStore, StoreShape
 from faults import s3
 from faults.dying import FILES
@@ -211,17 +211,66 @@ def test_storage_that_fails_is_tried_again_after_growing_pauses(monkeypatch: pyt
             raise error
         return "done"
 
-    assert cluster.extract._attempt(work, 4) == "done"
+    assert again(work, 4) == "done"
     for step, pause in enumerate(pauses):
-        least = cluster.extract.BACK_OFF * 2**step
+        least = BACK_OFF * 2**step
         assert least <= pause <= 2 * least
     assert len(pauses) == 3
     left[:] = [OSError("Slow Down")] * 4
     with pytest.raises(UserError, match=r"^storage failed 4 times: Slow Down\.$"):
-        cluster.extract._attempt(work, 4)
+        again(work, 4)
     left[:] = [closed] * 4
     with pytest.raises(UserError, match=r"^storage failed 4 times: Connection was closed .*http://s3"):
-        cluster.extract._attempt(work, 4)
+        again(work, 4)
+
+
+def test_what_may_be_over_is_tried_again_in_its_own_words_and_what_lasts_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    tried = []
+
+    def work(error: Exception) -> None:
+        tried.append(error)
+        raise failed("cannot write x", error)
+
+    with pytest.raises(UserError, match=r"^cannot write x: slow down\.$"):
+        again(lambda: work(TimeoutError("Slow Down.")), 3)
+    assert len(tried) == 3
+    for error in (OSError(errno.ENOSPC, "No space left"), PermissionError("Access Denied")):
+        tried.clear()
+        with pytest.raises(UserError, match=r"^cannot write x: "):
+            again(lambda error=error: work(error), 3)
+        assert len(tried) == 1
+
+
+def test_a_partition_whose_shard_could_not_be_written_is_tried_again(
+    upstream: str, here: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker does it: the client gave up, the partition is written anew, with the same bytes."""
+    quick = {"config_kwargs": {"read_timeout": 0.5, "connect_timeout": 0.5, "retries": {"max_attempts": 1}}}
+    run = f"s3://{s3.BUCKET}/again"
+    GradientStore.create(RunDir(run), StoreShape(2, 10, 16, 10), np.ones(16), {"fingerprint": "f"})
+    whole = some_gradients(10, 1)
+
+    tries: list[dict[str, object]] = []
+    monkeypatch.setattr("engine.storage.BACK_OFF", 0.01)
+    with s3.proxy(upstream, s3.GoesAway(1)) as address:
+
+        def write() -> None:
+            """By way of a proxy that goes away; the second time past it."""
+            settings = {} if tries else {**quick, "endpoint_url": address}
+            tries.append(settings)
+            with monkeypatch.context() as patch:
+                patch.setitem(fsspec.config.conf, "s3", settings)
+                patch.setattr(s3fs.S3FileSystem, "retries", 5 if not settings else 1)
+                s3fs.S3FileSystem.clear_instance_cache()
+                GradientStore.open(RunDir(run), writable=True).write(0, whole, "f", {})
+
+        again(write)
+    assert len(tries) == 2
+    s3fs.S3FileSystem.clear_instance_cache()
+    np.testing.assert_array_equal(GradientStore.open(RunDir(run)).read(0, 10).features, whole.features)
 
 
 def test_storage_that_answers_nobody_is_one_sentence(
