@@ -22,7 +22,7 @@ def test_nodes_and_the_gradient_pool_grow_from_none_while_a_run_goes_on_and_are_
     tmp_path: Path,
 ) -> None:
     found = tmp_path / "found.json"
-    command = [sys.executable, "benchmarks/autoscaling.py", "--nodes", "3", "--documents", "250_000"]
+    command = [sys.executable, "benchmarks/autoscaling.py", "--nodes", "3", "--documents", "140_000"]
     done = subprocess.run(
         [*command, "--json", str(found), "--folder", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=800,

@@ -114,6 +114,63 @@ print("whole")
 """
 
 
+STOPPED_AS_IT_READS = """
+import threading
+import time
+import ray
+import ray.data
+from cluster.session import session
+from engine.spec import Ray
+from jobs.stopping import Stopped
+
+def read():
+    stream = ray.data.from_items([{"x": x} for x in range(64)], override_num_blocks=64)
+    for row in stream.map(lambda row: row).iter_rows():
+        ray._private.worker.global_worker.core_worker = Slow()
+        raise Stopped("now")
+
+class Slow:
+    # as on a machine under load: others come first between the check for a connection and what needs it
+
+    def __getattr__(self, name):
+        return getattr(core, name)
+
+    def get_objects(self, *arguments, **options):
+        if threading.current_thread() is not threading.main_thread():
+            asking.set()
+            time.sleep(4)
+        return core.get_objects(*arguments, **options)
+
+asking = threading.Event()
+ended = ray.shutdown
+def shutdown():
+    assert asking.is_set()
+    ended()
+ray.shutdown = shutdown
+try:
+    with session(Ray(num_cpus=2)):
+        core = ray._private.worker.global_worker.core_worker
+        try:
+            read()
+        finally:
+            asking.wait(20)
+except Stopped as error:
+    print("whole")
+time.sleep(5)
+"""
+
+
+def test_a_stop_waits_for_what_still_reads_which_would_end_the_process_without_a_word() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_AS_IT_READS],
+        cwd=Path(session.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr
+
+
 def test_a_stop_as_ray_data_starts_leaves_nothing_that_starts_another_ray() -> None:
     environ = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_AUTO_CONNECT"}
     done = subprocess.run(
