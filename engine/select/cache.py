@@ -50,6 +50,15 @@ class RowCache:
         if missing.size:
             self._read(missing)
 
+    def missing(self, rows: Ints) -> int:
+        """How many of these rows are not in memory."""
+        return int((self._slot[rows] < 0).sum())
+
+    def count(self, block: RowBlock) -> None:
+        """Rows that were read past the cache count as read."""
+        self.rows_read += block.valid.size
+        self.bytes_read += block.features.nbytes + block.scale.nbytes
+
     def lately(self, count: int) -> Floats:
         """Unit vectors (m, P, d) of up to `count` rows used last."""
         slots = np.argsort(-np.where(self._row >= 0, self._used, -1), kind="stable")[:count]

@@ -113,8 +113,13 @@ def rank(score: Floats, rows: Ints, size: int) -> Ints:
     return rows[np.lexsort((rows, -score))[:size]]
 
 
-def stream(rows: Rows, start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, RowBlock]]:
+def stream(
+    rows: Rows, start: int = 0, stop: int | None = None, only: Ints | None = None
+) -> Iterator[tuple[slice, RowBlock]]:
     """Rows start..stop-1, partition by partition, in pieces small enough to be converted to float64.
+
+    Args:
+        only: rows, ascending; partitions that hold none of them are left out.
 
     Yields:
         (the piece's rows, the piece); one read serves all pieces of a partition.
@@ -123,6 +128,9 @@ def stream(rows: Rows, start: int = 0, stop: int | None = None) -> Iterator[tupl
     step = max(1, _PIECE_NUMBERS // (rows.n_checkpoints * rows.dim))
     firsts = range(start - start % rows.block_rows, stop, rows.block_rows)
     spans = [(max(first, start), min(first + rows.block_rows, stop)) for first in firsts]
+    if only is not None:
+        held = np.searchsorted(only, np.array(spans))
+        spans = [span for span, (low, high) in zip(spans, held.tolist(), strict=True) if low < high]
     for (begin, end), block in zip(spans, ahead(lambda span: rows.read(*span), spans), strict=True):
         for low in range(0, end - begin, step):
             part = slice(low, min(low + step, end - begin))

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.rows import Rows
+from engine.rows import RowBlock, Rows
 from engine.select.cache import BATCH, RowCache
 from engine.select.index import ROW_BYTES, SubspaceIndex, leading_directions, orthonormal
-from engine.select.objective import Bools, Floats, Ints, RowKind, scores, vectors
+from engine.select.objective import Bools, Floats, Ints, RowKind, scores, stream, vectors
 
 _SEEDS = 8  # rows compared first, for a score that rules most others out
 _SAMPLE = 2048  # rows that the basis is taken from
@@ -20,6 +20,7 @@ _DRIFT = 8  # directions added at a time
 _FOLLOW = 128  # rows compared that cost as much as having Q follow the running sum
 _AHEAD = 64  # candidates read together before the first is compared
 _ANYWAY = 16  # rows compared for a pick whatever the index is
+_SWEEP = 32  # rows read in order that cost about as much as one that is read by itself
 _KEPT = 9  # best rows that an answer holds; the driver guesses the next picks from them
 
 
@@ -166,7 +167,8 @@ class Shard:
     def _exhaust(self, candidates: Ints, bound: Floats, sums: Floats) -> None:
         """Compare candidates in descending order of bound, until none is left that could win or tie.
 
-        The highest come first by themselves: what they find sets most of the others aside, unsorted.
+        The highest come first by themselves: what they find sets most of the others aside, unsorted. Where many
+        are left nonetheless, as with bounds that say little, they are read in the order of the store.
         """
         highest, size = candidates, 2 * _SEEDS
         if candidates.size > 2 * _AHEAD:
@@ -176,10 +178,25 @@ class Shard:
             left = left[np.argsort(-bound[left], kind="stable")]
             self.cache.load(left[:_AHEAD])
             while left.size:
+                if size == BATCH and self.cache.missing(left) * _SWEEP > bound.size:
+                    return self._sweep(left, bound, sums)
                 self._compare(left[:size], bound, sums)
                 left = left[size:]
                 left = left[bound[left] >= self._best]
                 size = min(2 * size, BATCH)
+
+    def _sweep(self, candidates: Ints, bound: Floats, sums: Floats) -> None:
+        """Compare those candidates that still could win or tie, in one pass over the partitions that hold them."""
+        candidates = np.sort(candidates) + self.start
+        for part, block in stream(self.rows, self.start, self.start + bound.size, candidates):
+            low, high = np.searchsorted(candidates, (part.start, part.stop))
+            here = candidates[low:high]
+            here = here[bound[here - self.start] >= self._best]
+            self.cache.count(block)
+            if here.size:
+                at = here - part.start
+                piece = RowBlock(block.features[:, at], block.scale[:, at], block.valid[at])
+                self._score(here - self.start, vectors(piece, self.kind), bound, sums)
 
     def _seeds(self, bound: Floats) -> Ints:
         """The best rows of the last search, and the highest bounds of this one."""
@@ -190,8 +207,11 @@ class Shard:
         return np.argpartition(-bound, count - 1)[:count]
 
     def _compare(self, rows: Ints, bound: Floats, sums: Floats) -> None:
-        """Score rows exactly; they leave the candidates (their bound becomes -inf)."""
-        g = self.cache.vectors(rows)
+        """Score rows exactly, by way of the cache."""
+        self._score(rows, self.cache.vectors(rows), bound, sums)
+
+    def _score(self, rows: Ints, g: Floats, bound: Floats, sums: Floats) -> None:
+        """Score rows (n,) of vectors g (n, P, d); they leave the candidates (their bound becomes -inf)."""
         score = scores(sums, g, self.u)
         self.index.learn(rows, g)
         self._compared += rows.size

@@ -89,6 +89,10 @@ SMALL = {"_FEWEST": 2, "_DRIFT": 1, "_FOLLOW": 1, "_ANYWAY": 0}
 """An index too small for its rows, which follows the running sum after every pick and grows often."""
 
 
+SWEEPING = {**SMALL, "_SEEDS": 2, "BATCH": 4}
+"""And what it leaves is compared in the order of the store once a few rows are."""
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     cases,
@@ -97,7 +101,7 @@ SMALL = {"_FEWEST": 2, "_DRIFT": 1, "_FOLLOW": 1, "_ANYWAY": 0}
     st.booleans(),
     st.sampled_from([[], [7], [3, 4, 30]]),
     st.sampled_from([1, 2, 8]),
-    st.sampled_from([{"_FEWEST": 32}, SMALL]),
+    st.sampled_from([{"_FEWEST": 32}, SMALL, SWEEPING]),
     st.data(),
 )
 def test_every_pick_and_score_is_that_of_the_exact_greedy(
@@ -107,6 +111,33 @@ def test_every_pick_and_score_is_that_of_the_exact_greedy(
         compare_with_exact_greedy(
             hard_rows(**case), case["seed"], kind, restart, balanced, bounds, ahead, data
         )
+
+
+class Asked(ArrayRows):
+    """Counts the rows that are read by themselves."""
+
+    one_by_one = 0
+
+    def take(self, rows):
+        self.one_by_one += rows.size
+        return super().take(rows)
+
+
+def test_rows_that_no_small_index_tells_apart_are_read_in_the_order_of_the_store():
+    """A flat spectrum: in the order of their bounds they would be read from all over it."""
+    rng = np.random.default_rng(0)
+    n, size = 20_000, 6
+    rows = Asked(rng.normal(size=(n, 256)).astype(np.float16), rng.normal(size=256), block_rows=256)
+    every = np.ones(n, np.bool_)
+    make = shards_of([7_000])
+    order, certificate = Greedy(rows, every, size, "raw", 0, None).run(
+        lambda: make(rows, Select(size=size), every, None)
+    )
+    want, score = exact_greedy(rows, every, size, "raw", 0, None)
+    assert order.tolist() == want.tolist()
+    assert certificate.score.tolist() == score.tolist()
+    assert certificate.compared.sum() > size * n // 4  # the index says little here
+    assert rows.one_by_one < certificate.compared.sum() // 4
 
 
 def compare_with_exact_greedy(rows, seed, kind, restart, balanced, bounds, ahead, data):
