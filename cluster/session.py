@@ -103,10 +103,13 @@ def _end_streams() -> None:
         work = getattr(thread, "_target", None)
         if not any(str(getattr(of, "__module__", "")).startswith("ray.data.") for of in (thread, work)):
             continue
-        if isinstance(thread, StreamingExecutor):
-            thread.shutdown(force=True)
-        if isinstance(reader := getattr(work, "__self__", None), WaitBlockPrefetcher):
-            reader.stop()
+        with contextlib.suppress(
+            Exception
+        ):  # what led here is to be said, not what a lost cluster says of it
+            if isinstance(thread, StreamingExecutor):
+                thread.shutdown(force=True)
+            if isinstance(reader := getattr(work, "__self__", None), WaitBlockPrefetcher):
+                reader.stop()
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
