@@ -28,8 +28,8 @@ GROUP_ROWS = 4096
 TRIES, BACK_OFF = 4, 0.5
 """Tries of an upload; seconds before the second, doubled each time, and up to as much again by chance."""
 
-LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-"""What no second try mends."""
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Storage that is full or closed to us: not a fault of the program, and no second try mends it."""
 
 T = TypeVar("T")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import os
 import select
@@ -38,9 +37,6 @@ COMMANDS: dict[str, str] = {
 
 STAGES = {"recover": "pipeline", **{name: name for name in ("extract", "select", "retrain", "evaluate")}}
 """Commands that take a spec and nothing else, and their modules; others have `main(arguments)` of their own."""
-
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Storage that is full or closed to us: not a fault of the program, wherever it shows."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,9 +86,9 @@ def _main(arguments: list[str]) -> int:
 
 def _storage_failed(error: Exception) -> str | None:
     """Storage that is full, closed to us, or no longer answers, as a sentence; None for any other error."""
-    from engine.storage import client_errors, reason  # not for the commands that only print
+    from engine.storage import LASTING, client_errors, reason  # not for the commands that only print
 
-    if isinstance(error, OSError) and error.errno in STORAGE:
+    if isinstance(error, OSError) and error.errno in LASTING:
         return f"cannot write{f' {error.filename}' if error.filename else ''}: {reason(error)}."
     if not isinstance(error, client_errors()):
         return None

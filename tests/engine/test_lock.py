@@ -76,7 +76,7 @@ def test_the_second_driver_is_refused_by_host_process_and_start_of_the_first(
     began = time.monotonic()
     with pytest.raises(UserError) as caught, RunLock(Folder(str(tmp_path / "run"))):
         pass
-    assert time.monotonic() - began < 10  # not the 60 s that a lock of another host takes
+    assert time.monotonic() - began < 1
     assert f"host {socket.gethostname()}, process {first.pid}, since {since}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -90,7 +90,7 @@ def test_the_lock_of_a_killed_driver_on_this_host_is_taken_over_at_once(
     said: list[str] = []
     began = time.monotonic()
     with RunLock(Folder(str(tmp_path / "run")), said.append):
-        assert time.monotonic() - began < 10  # not the 60 s that a lock of another host takes
+        assert time.monotonic() - began < 1
         assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
     assert f"process {first.pid}" in said[0]
 
@@ -111,7 +111,7 @@ def test_a_silent_lock_of_another_host_is_taken_over_after_the_stated_time_and_n
     said: list[str] = []
     began = time.monotonic()
     with RunLock(folder, said.append, beat=0.1, stale=0.6):
-        assert 0.6 <= time.monotonic() - began < 10
+        assert 0.6 <= time.monotonic() - began < 2
     assert "elsewhere" in said[0]
 
 
