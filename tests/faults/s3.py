@@ -7,6 +7,7 @@ import http.client
 import random
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,8 +32,9 @@ def server(ip: str = "127.0.0.1") -> Iterator[str]:
     client.create_bucket(Bucket=BUCKET)
     try:
         yield address
-    finally:
-        moto.stop()
+    finally:  # the servers of one process share their buckets: the next one is to begin with none
+        with urllib.request.urlopen(f"{address}/moto-api/reset", data=b"", timeout=60):
+            moto.stop()
 
 
 def environment_arguments() -> dict[str, str]:
