@@ -13,10 +13,15 @@ EXIT_CODE = 128 + signal.SIGTERM
 """143, as a shell reports a process that SIGTERM ended."""
 
 _why = "stopped by SIGTERM"
+_asked = False
 
 
-class Stopped(BaseException):
-    """The process was asked to stop; its text says why."""
+class Stopped(KeyboardInterrupt):
+    """The process was asked to stop; its text says why.
+
+    It is a KeyboardInterrupt because Ray, waiting in C++ for what may take hours, lets go for no other exception; a
+    plain one is then what comes out.
+    """
 
 
 @contextlib.contextmanager
@@ -24,7 +29,7 @@ def stoppable() -> Iterator[None]:
     """Have SIGTERM raise Stopped in the block; only the first one, so that cleaning up is not cut short.
 
     An exception that reaches C code in the midst of making an object comes out of it as a SystemError; the one
-    behind it is then raised.
+    behind it is then raised. A KeyboardInterrupt that Ray has made of the stop is one again.
 
     Raises:
         Stopped: the signal came.
@@ -32,13 +37,15 @@ def stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _stop)
+    global _asked
+    before, _asked = signal.signal(signal.SIGTERM, _stop), False
     try:
         yield
-    except SystemError as error:
-        if isinstance(error.__cause__, Stopped | KeyboardInterrupt):
-            raise error.__cause__ from None
-        raise
+    except (SystemError, KeyboardInterrupt) as error:
+        cause = error.__cause__ if isinstance(error, SystemError) else error
+        if not isinstance(cause, KeyboardInterrupt):
+            raise
+        raise Stopped(_why) if _asked else cause from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -51,5 +58,7 @@ def request_stop(why: str) -> None:
 
 
 def _stop(_: int, __: FrameType | None) -> None:
+    global _asked
+    _asked = True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Stopped(_why)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import UserError
 from jobs.options import parse_spec, spec_parser
+from jobs.stopping import EXIT_CODE, Stopped
 
 if TYPE_CHECKING:
     from cluster.submission import Cluster
@@ -86,14 +87,15 @@ def check_paths(spec: RunSpec) -> None:
 
 
 def attend(cluster: Cluster, job: str, follow: bool) -> int:
-    """Wait for a job; Ctrl-C asks whether to stop it, and leaves it running where nobody can be asked."""
+    """Wait for a job; Ctrl-C asks whether to stop it, SIGTERM or nobody to ask leaves it running."""
     try:
         if not follow:
             return cluster.wait(job)
         return cluster.follow(job, lambda text: print(text, end="", flush=True))
-    except KeyboardInterrupt:
-        if sys.stdin.isatty() and input(f"\nstop {job} too? [y/N] ").strip().lower() in ("y", "yes"):
+    except KeyboardInterrupt as error:
+        asks = sys.stdin.isatty() and not isinstance(error, Stopped)
+        if asks and input(f"\nstop {job} too? [y/N] ").strip().lower() in ("y", "yes"):
             cluster.stop(job)
             return 130
         print(f"\n{job} goes on; unbake stop {job} --address {cluster.address}", file=sys.stderr)
-        return 130
+        return EXIT_CODE if isinstance(error, Stopped) else 130

@@ -171,6 +171,40 @@ def test_a_stop_waits_for_what_still_reads_which_would_end_the_process_without_a
     assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr
 
 
+STOPPED_AS_IT_WAITS = """
+import os
+import signal
+import threading
+import time
+import ray
+from cluster.session import session
+from engine.spec import Ray
+from jobs.stopping import Stopped, stoppable
+
+@ray.remote
+def long():
+    time.sleep(300)
+
+try:
+    with stoppable(), session(Ray(num_cpus=2)):
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        ray.get(long.remote())  # in C++, as for a training or an index
+except Stopped as error:
+    print(error)
+"""
+
+
+def test_a_stop_does_not_wait_for_what_ray_waits_for() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_AS_IT_WAITS],
+        cwd=Path(session.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "stopped by SIGTERM\n"), done.stderr
+
+
 def test_a_stop_as_ray_data_starts_leaves_nothing_that_starts_another_ray() -> None:
     environ = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_AUTO_CONNECT"}
     done = subprocess.run(
