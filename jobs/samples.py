@@ -47,7 +47,7 @@ def write_samples(grid: Grid) -> None:
 def _once(folder: Folder, name: str, about: dict[str, Any], make: Any) -> None:
     """Write `name`.parquet unless it is there; what it was made of is kept beside it."""
     note, mark = f"{name}.json", fingerprint(about)
-    if folder.exists(note):
+    if folder.exists(note) and folder.exists(f"{name}.parquet"):
         if folder.read_json(note)["fingerprint"] != mark:
             raise UserError(
                 f"{folder.path(name)}.parquet was drawn with other settings: use another run_dir, or remove it."

@@ -424,6 +424,9 @@ def test_samples_of_one_source_need_not_overlap_and_are_drawn_once(tmp_path: Pat
     fields["data"]["first"] = {**one, "seed": 1}
     with pytest.raises(UserError, match="drawn with other settings"):
         write_samples(Grid.model_validate(fields))
+    (tmp_path / "run/data/first.parquet").unlink()  # as that sentence says
+    write_samples(Grid.model_validate(fields))
+    assert pq.read_table(tmp_path / "run/data/first.parquet")["text"].to_pylist() != first["text"].to_pylist()
     fields["data"] = {"gone": {"path": "no.parquet"}}
     with pytest.raises(UserError, match=r"no\.parquet does not exist"):
         write_samples(Grid.model_validate(fields))
