@@ -83,6 +83,18 @@ def test_a_machine_too_busy_to_start_ray_gets_a_sentence(monkeypatch: pytest.Mon
         pass
 
 
+def alone(script: str, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own, which it may end or leave in any state."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(session.__file__).parents[1],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 STOPPED_AS_IT_STARTS = """
 import gc
 import ray
@@ -161,13 +173,7 @@ time.sleep(5)
 
 
 def test_a_stop_waits_for_what_still_reads_which_would_end_the_process_without_a_word() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", STOPPED_AS_IT_READS],
-        cwd=Path(session.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = alone(STOPPED_AS_IT_READS)
     assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr
 
 
@@ -195,25 +201,12 @@ except Stopped as error:
 
 
 def test_a_stop_does_not_wait_for_what_ray_waits_for() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", STOPPED_AS_IT_WAITS],
-        cwd=Path(session.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = alone(STOPPED_AS_IT_WAITS)
     assert (done.returncode, done.stdout) == (0, "stopped by SIGTERM\n"), done.stderr
 
 
 def test_a_stop_as_ray_data_starts_leaves_nothing_that_starts_another_ray() -> None:
     environ = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_AUTO_CONNECT"}
-    done = subprocess.run(
-        [sys.executable, "-c", STOPPED_AS_IT_STARTS],
-        cwd=Path(session.__file__).parents[1],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = alone(STOPPED_AS_IT_STARTS, environ)
     assert done.stdout.endswith("whole\n"), done.stderr
     assert "Exception ignored" not in done.stderr
