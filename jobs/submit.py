@@ -93,9 +93,10 @@ def attend(cluster: Cluster, job: str, follow: bool) -> int:
             return cluster.wait(job)
         return cluster.follow(job, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt as error:
-        asks = sys.stdin.isatty() and not isinstance(error, Stopped)
+        stopped = isinstance(error, Stopped)
+        asks = sys.stdin.isatty() and not stopped
         if asks and input(f"\nstop {job} too? [y/N] ").strip().lower() in ("y", "yes"):
             cluster.stop(job)
             return 130
         print(f"\n{job} goes on; unbake stop {job} --address {cluster.address}", file=sys.stderr)
-        return EXIT_CODE if isinstance(error, Stopped) else 130
+        return EXIT_CODE if stopped else 130

@@ -33,8 +33,8 @@ def server(ip: str = "127.0.0.1") -> Iterator[str]:
     try:
         yield address
     finally:  # the servers of one process share their buckets: the next one is to begin with none
-        with urllib.request.urlopen(f"{address}/moto-api/reset", data=b"", timeout=60):
-            moto.stop()
+        urllib.request.urlopen(f"{address}/moto-api/reset", data=b"", timeout=60).close()
+        moto.stop()
 
 
 def environment_arguments() -> dict[str, str]:

@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -26,6 +27,8 @@ from ray.runtime_env import RuntimeEnv
 from cluster.submission import in_image
 from engine.rundir import RunDir
 from engine.store import GradientStore
+from jobs.stopping import EXIT_CODE, Stopped
+from jobs.submit import attend
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
@@ -212,6 +215,22 @@ def test_without_following_nothing_of_the_job_is_shown_but_its_exit_code(head: s
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stdout == ""
     assert done.stderr == f"{job_of(done)} is submitted; unbake status {job_of(done)} --address {head}\n"
+
+
+def test_sigterm_leaves_the_job_running_and_asks_nobody(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(_: str) -> int:
+        raise Stopped("stopped by SIGTERM")
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
+    cluster = SimpleNamespace(wait=stop, address="http://head:8265")
+    assert attend(cluster, "raysubmit_1", follow=False) == EXIT_CODE
+    assert (
+        capsys.readouterr().err
+        == "\nraysubmit_1 goes on; unbake stop raysubmit_1 --address http://head:8265\n"
+    )
 
 
 @pytest.mark.slow
