@@ -41,7 +41,7 @@ from jobs.grids import grid_yaml, read_grid, recipes
 from jobs.job import Job, begun
 from jobs.options import Parser
 from jobs.progress import Progress, Stage
-from jobs.retrain import check, train_job
+from jobs.retrain import check, step_text, train_job
 from jobs.samples import write_samples
 from jobs.select import NO_BYTES, select_with
 from jobs.stopping import request_stop
@@ -152,9 +152,7 @@ class Experiment:
             trainings = {id(cell): self._training(cell) for cell in self.cells}
             self._train_and_judge(trainings.values())
         rows = [self._row(cell, trainings[id(cell)]) for cell in self.cells]
-        if not self.grid.keep_models:
-            for training in trainings.values():
-                RunDir(training.work.target).remove("")
+        self._forget_models(trainings.values())
         self._write(rows)
         return rows
 
@@ -246,39 +244,45 @@ class Experiment:
         groups: dict[Any, list[Training]] = {}
         for training in todo.values():
             groups.setdefault(cluster.train.worker_group(training.work), []).append(training)
-        waiting = [members for group in groups.values() for members in self._batches(group)]
-        with (
-            self.progress.stage("train and judge", len(todo), "models") as stage,
-            ThreadPoolExecutor(max_workers=1) as judge,
-        ):
-            before: Future[None] | None = None
-            for members in waiting:
-                works = {training.mark: training.work for training in members}
-                made = dict(zip(works, cluster.train.train_many(list(works.values())), strict=True))
-                if before is not None:
-                    before.result()
-                before = judge.submit(self._judge_all, members, made, stage)
-                if _on_gpu():  # its memory is the next trainings'
-                    before.result()
-            if before is not None:
-                before.result()
+        judge = ThreadPoolExecutor(max_workers=1)
+        try:
+            with self.progress.stage("train and judge", len(todo), "models") as stage:
+                judging: list[Future[None]] = []
+                for models in (batch for group in groups.values() for batch in self._batches(group)):
+                    made = self._train([members[0].work for members in models], stage)
+                    _wait(judging)
+                    judging = [judge.submit(self._judge_model, members, made, stage) for members in models]
+                    if _on_gpu():  # its memory is the next trainings'
+                        _wait(judging)
+                _wait(judging)
+        finally:
+            judge.shutdown(cancel_futures=True)
 
-    def _judge_all(self, members: list[Training], made: dict[str, dict[str, Any]], stage: Stage) -> None:
-        """Judge what was trained together, while the next models train."""
-        for training in members:
-            self._judge(training, made[training.mark])
-            stage.advance()
-        for training in members if not self.grid.keep_models else ():
-            RunDir(training.work.target).remove("")
+    def _train(self, works: list[TrainJob], stage: Stage) -> dict[str, dict[str, Any]]:
+        """Train models together, their steps shown; metrics by target."""
 
-    def _batches(self, group: list[Training]) -> Iterator[list[Training]]:
-        """Trainings that fit on the disk together; judgements of one model are never parted."""
+        def step(event: dict[str, Any]) -> None:
+            stage.row(event["job"], event["step"], event["steps"], step_text(event))
+            stage.advance(0)
+
+        targets = [work.target for work in works]
+        return dict(zip(targets, cluster.train.train_many(works, step), strict=True))
+
+    def _batches(self, group: list[Training]) -> Iterator[list[list[Training]]]:
+        """Models that fit on the disk together, each with the judgements that are asked of it."""
         by_model: dict[str, list[Training]] = {}
         for training in group:
             by_model.setdefault(training.mark, []).append(training)
         models = list(by_model.values())
         for start in range(0, len(models), self.grid.models_at_once):
-            yield [t for members in models[start : start + self.grid.models_at_once] for t in members]
+            yield models[start : start + self.grid.models_at_once]
+
+    def _judge_model(self, members: list[Training], made: dict[str, dict[str, Any]], stage: Stage) -> None:
+        """Every judgement of one model, while the next models train; then it goes."""
+        for training in members:
+            self._judge(training, made[training.work.target])
+            stage.advance()
+        self._forget_models(members)
 
     def _judge(self, training: Training, metrics: dict[str, Any]) -> None:
         job, work = training.job, training.work
@@ -286,6 +290,11 @@ class Experiment:
         result |= {"train_seconds": metrics["seconds"], "final_loss": metrics["final_loss"]}
         self.run_dir.begin(training.stage, training.inputs)
         self.run_dir.finish(training.stage, training.inputs, result)
+
+    def _forget_models(self, trainings: Iterable[Training]) -> None:
+        """Remove the trainings' models, unless they are to be kept."""
+        for training in trainings if not self.grid.keep_models else ():
+            RunDir(training.work.target).remove("")
 
     def _endpoint(self, job: Job, which: str, below: int) -> dict[str, Any]:
         """Judgement of base or fine-tuned model, once for all extractions that have it."""
@@ -353,6 +362,12 @@ class Experiment:
         print_summary(summary, axes, self.progress.out)
         names = f"{self.run_dir.path(where + RESULTS)}, {self.run_dir.path(where + TABLE)}, {where}{PLOTS}/"
         self.progress.say(f"results: {names}")
+
+
+def _wait(judging: list[Future[None]]) -> None:
+    """Wait for judgements; the first error of one is raised."""
+    for future in judging:
+        future.result()
 
 
 def _on_gpu() -> bool:

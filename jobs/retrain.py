@@ -157,8 +157,7 @@ def _train(job: Job, todo: list[tuple[str, dict[str, Any], TrainJob]]) -> dict[s
         def step(event: dict[str, Any]) -> None:
             name = event["job"]
             seen[name] = event["documents"]
-            text = f"step {event['step']:,} of {event['steps']:,}, loss {event['loss']:.4f}"
-            progress.row(name, event["documents"], each[name], text)
+            progress.row(name, event["documents"], each[name], step_text(event))
             progress.update(sum(seen.values()))
 
         try:
@@ -170,6 +169,11 @@ def _train(job: Job, todo: list[tuple[str, dict[str, Any], TrainJob]]) -> dict[s
                 job.run.forget(stage)  # of those that failed: their inputs may be mended
             raise
     return _record(job, todo)
+
+
+def step_text(event: dict[str, Any]) -> str:
+    """How far a training has come, of an event of `cluster.train.train_many`."""
+    return f"step {event['step']:,} of {event['steps']:,}, loss {event['loss']:.4f}"
 
 
 def _record(job: Job, todo: list[tuple[str, dict[str, Any], TrainJob]]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from engine.store import GradientStore
 from engine.target import choose_target
 from jobs import rounds
 from jobs.__main__ import main
+from jobs.evaluate import measure
 from jobs.grids import read_grid, recipes
 from jobs.job import Job
 from jobs.samples import write_samples
@@ -211,6 +212,38 @@ def test_a_second_start_does_nothing_and_a_wider_grid_only_what_is_new(ready: tu
     assert events(folder, "extract").count("begin") == 2
     assert main(["experiment", str(path), "--quiet"]) == 0
     assert (folder / "results.parquet").read_bytes() == results
+
+
+@pytest.mark.slow
+def test_a_judgement_that_fails_ends_those_that_wait_and_no_model_is_lost(
+    ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = ready
+    more = "--name failing --grid.strategy [random] --grid.gradients.dim [16] --grid.seed [5,6,7]"
+    command = ["experiment", str(path), "--quiet", *more.split()]
+    asked = []
+
+    def fail(job: Job, name: str, *_: Any) -> Any:
+        asked.append(name)
+        time.sleep(1)
+        raise UserError("the test documents are gone.")
+
+    with monkeypatch.context() as context:
+        context.setattr("jobs.experiment.measure", fail)
+        assert main(command) == 2
+    assert len(asked) < 3  # one more may have begun
+    models = {p: p.stat().st_mtime_ns for p in (folder / "models").glob("????????????????/model.safetensors")}
+    assert len(models) == 3
+    seen = []
+
+    def look(job: Job, name: str, folder: str, *others: Any) -> Any:
+        seen.append(Path(folder, "model.safetensors"))
+        assert seen[-1].stat().st_mtime_ns == models[seen[-1]]
+        return measure(job, name, folder, *others)
+
+    monkeypatch.setattr("jobs.experiment.measure", look)
+    assert main(command) == 0
+    assert set(seen) == set(models)
 
 
 def test_a_runs_selection_is_diagnosed_along_the_recorded_training(
