@@ -163,6 +163,7 @@ def _select(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]
         "std": beside.std.tolist(),
     }
     summary |= {"path": selection.path.tolist(), "seconds": round(seconds, 3)}
+    summary["preconditioned"] = isinstance(rows, View) and rows.scale is not None
     return summary
 
 

@@ -102,7 +102,8 @@ def sentence(
         return f"{start}: trained on them, {end}."
     if objective:
         cosine = numbers.fixed(objective["last"], 3)
-        return f"{start}: their summed gradient has cosine {cosine} with the change in weights."
+        kind = "preconditioned gradient" if objective["preconditioned"] else "gradient"
+        return f"{start}: their summed {kind} has cosine {cosine} with the change in weights."
     return f"{start}."
 
 
@@ -147,6 +148,7 @@ def _objective(selection: pa.Table, select: dict[str, Any]) -> dict[str, Any] | 
         "random": {"mean": random["mean"][-1], "std": random["std"][-1]}
         if random and random["mean"]
         else None,
+        "preconditioned": bool(select.get("preconditioned")),
     }
 
 

@@ -112,6 +112,20 @@ def test_every_pick_has_its_certificate(run: Path) -> None:
     assert {"compared", "rows_read", "bytes_read"} < rows.keys()
 
 
+def test_a_report_says_what_kind_of_gradients_were_selected_by(run: Path, tmp_path: Path) -> None:
+    words = "each coordinate divided by the root of its mean square"
+    assert words not in (run / "report.html").read_text()
+    other = tmp_path / "run"
+    assert main(["fork", str(run), str(other)]) == 0
+    command = ["select", str(other), "--select.precondition", "second_moment", "--quiet"]
+    assert main(command) == 0
+    assert main(["report", str(other), "--quiet"]) == 0
+    picks = [pq.read_table(folder / "selection.parquet")["row"].to_pylist() for folder in (run, other)]
+    assert picks[0] != picks[1]
+    assert words in (other / "report.html").read_text()
+    assert "their summed preconditioned gradient has cosine" in (other / "report.html").read_text()
+
+
 def test_picks_of_a_finished_selection_are_checked_against_a_full_scan(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
