@@ -38,7 +38,7 @@ from engine.target import choose_target
 from jobs.distances import true_set
 from jobs.job import Job
 from jobs.options import parse_spec, spec_parser
-from jobs.select import columns_of, rows_of
+from jobs.select import check_selection, columns_of, rows_of
 
 CODE = 1
 """Raised whenever the same inputs would give other numbers."""
@@ -80,12 +80,13 @@ def diagnose(job: Job, trajectory: str | None = None, documents: int = TRUE_DOCU
     """Diagnose `select.strategy`'s selection; see the module's docstring for what comes out.
 
     Raises:
-        UserError: no selection yet, or a trajectory without evaluate.train.
+        UserError: no selection yet, one made with other settings, or a trajectory without evaluate.train.
     """
     if trajectory is not None and not job.spec.evaluate.train:
         raise UserError("--trajectory needs the true documents: name them in evaluate.train.")
     job.run.stage_fingerprint("extract")
     extracted = job.run.stage_result("extract")
+    check_selection(job)
     found: dict[str, Any] = {"format": 1, "strategy": job.spec.select.strategy}
     inputs = {"select": job.run.stage_fingerprint("select"), "code": CODE}
     _forget_another(job, inputs)

@@ -58,6 +58,7 @@ def select_for(job: Job, strategy: Strategy, seed: int) -> str:
         update={"strategy": strategy, "seed": seed if own else job.spec.select.seed}
     )
     if settings == job.spec.select:
+        check_selection(job)
         return SELECTION
     name = job.run.selection_name(strategy, seed if own else None)
     select_with(job, settings, f"select-{os.path.basename(name).removesuffix('.parquet')}", name)
@@ -104,6 +105,17 @@ def select_from_options(options: dict[str, Any]) -> None:
 
 def select_with(job: Job, settings: Select, stage: str, name: str) -> dict[str, Any]:
     """Select by any settings into the file `name` of the run, as a stage of that name; its result."""
+    inputs = _inputs(job, settings)
+    outputs = (name, CERTIFICATE.format(stage)) if settings.certified else (name,)
+    again = settings.certified and settings.verify > 0 and job.run.completed(stage, inputs)
+    result = job.guarded(stage, inputs, lambda: _select(job, settings, stage, name), outputs=outputs)
+    if again:
+        _recheck(job, settings, stage)
+    return result
+
+
+def _inputs(job: Job, settings: Select) -> dict[str, Any]:
+    """All that a selection depends on."""
     inputs = {
         "extract": job.run.stage_fingerprint("extract"),
         **{f"select.{k}": v for k, v in settings.model_dump(mode="json").items() if k not in NO_BYTES},
@@ -113,12 +125,12 @@ def select_with(job: Job, settings: Select, stage: str, name: str) -> dict[str, 
         from cluster.train import NO_BYTES as IN_TRAINING
 
         inputs |= {"models.base": job.model_hashes["base"], **job.section("retrain", without=IN_TRAINING)}
-    outputs = (name, CERTIFICATE.format(stage)) if settings.certified else (name,)
-    again = settings.certified and settings.verify > 0 and job.run.completed(stage, inputs)
-    result = job.guarded(stage, inputs, lambda: _select(job, settings, stage, name), outputs=outputs)
-    if again:
-        _recheck(job, settings, stage)
-    return result
+    return inputs
+
+
+def check_selection(job: Job) -> None:
+    """UserError where the run's selection was made with other settings than the job's."""
+    job.run.check_inputs("select", _inputs(job, job.spec.select))
 
 
 def _recheck(job: Job, settings: Select, stage: str) -> None:

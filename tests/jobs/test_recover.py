@@ -126,6 +126,22 @@ def test_a_report_says_what_kind_of_gradients_were_selected_by(run: Path, tmp_pa
     assert "their summed preconditioned gradient has cosine" in (other / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "field"),
+    [
+        ("retrain", ["--select.size", "8", "--retrain.strategies", "[greedy]"], "select.size = 16"),
+        ("diagnose", ["--select.strategy", "topk"], 'select.strategy = "greedy"'),
+    ],
+)
+def test_a_selection_made_with_other_settings_is_refused(
+    run: Path, command: str, options: list[str], field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    assert main([command, str(run), *options]) == 2
+    assert f"holds output of the stage select made with {field}" in capsys.readouterr().err
+    assert contents(run) == before
+
+
 def test_picks_of_a_finished_selection_are_checked_against_a_full_scan(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
