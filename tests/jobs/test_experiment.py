@@ -531,6 +531,7 @@ def test_options_change_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="recipes are"):
         read_grid("no_such_recipe", [])
     with pytest.raises(
-        UserError, match=r"did you mean agnews_baseline or agnews_distilled or paper_agnews\?"
+        UserError,
+        match=r"did you mean agnews_baseline or agnews_distilled or agnews_preconditioned or paper_agnews\?",
     ):
         read_grid("agnews", [])
