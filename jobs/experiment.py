@@ -251,22 +251,24 @@ class Experiment:
                 for models in (batch for group in groups.values() for batch in self._batches(group)):
                     made = self._train([members[0].work for members in models], stage)
                     _wait(judging)
-                    judging = [judge.submit(self._judge_model, members, made, stage) for members in models]
+                    judging = [
+                        judge.submit(self._judge_model, members, metrics, stage)
+                        for members, metrics in zip(models, made, strict=True)
+                    ]
                     if _on_gpu():  # its memory is the next trainings'
                         _wait(judging)
                 _wait(judging)
         finally:
             judge.shutdown(cancel_futures=True)
 
-    def _train(self, works: list[TrainJob], stage: Stage) -> dict[str, dict[str, Any]]:
-        """Train models together, their steps shown; metrics by target."""
+    def _train(self, works: list[TrainJob], stage: Stage) -> list[dict[str, Any]]:
+        """Train models together, their steps shown; metrics of each."""
 
         def step(event: dict[str, Any]) -> None:
             stage.row(event["job"], event["step"], event["steps"], step_text(event))
             stage.advance(0)
 
-        targets = [work.target for work in works]
-        return dict(zip(targets, cluster.train.train_many(works, step), strict=True))
+        return cluster.train.train_many(works, step)
 
     def _batches(self, group: list[Training]) -> Iterator[list[list[Training]]]:
         """Models that fit on the disk together, each with the judgements that are asked of it."""
@@ -277,10 +279,10 @@ class Experiment:
         for start in range(0, len(models), self.grid.models_at_once):
             yield models[start : start + self.grid.models_at_once]
 
-    def _judge_model(self, members: list[Training], made: dict[str, dict[str, Any]], stage: Stage) -> None:
+    def _judge_model(self, members: list[Training], metrics: dict[str, Any], stage: Stage) -> None:
         """Every judgement of one model, while the next models train; then it goes."""
         for training in members:
-            self._judge(training, made[training.work.target])
+            self._judge(training, metrics)
             stage.advance()
         self._forget_models(members)
 
