@@ -90,4 +90,4 @@ def _towards(job: Job, store: GradientStore, rows: Rows, folder: str, number: in
     model = local_copy(job.run, f"{folder.removeprefix(job.run.uri + '/')}/model-{number}")
     target = choose_target(job.spec, job.endpoints, job.encoder.label_ids)
     left, _ = target.project(Endpoints(model, job.endpoints.finetuned, job.spec.models.trust_remote_code))
-    return View(store, left, rows.scale if isinstance(rows, View) else None)
+    return rows.towards(left) if isinstance(rows, View) else View(store, left)

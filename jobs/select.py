@@ -191,12 +191,12 @@ def _shards(job: Job, settings: Select, rows: Rows) -> Iterator[Any]:
 
     with session(job.spec.ray, job.verbose):
         check_resources(job.spec, ("select",))
-        view = (rows.target, rows.scale) if isinstance(rows, View) else None
+        view = (rows.target, rows.scale, rows.checkpoints) if isinstance(rows, View) else None
         yield ray_shards(functools.partial(_open, job.run.uri, view), settings.shards)
 
 
-def _open(uri: str, view: tuple[Any, Any] | None) -> Rows:
-    """The store of a run, or the view of it with this (target, scale), opened in the process of a shard."""
+def _open(uri: str, view: tuple[Any, ...] | None) -> Rows:
+    """The store of a run, or the `View` of it with these arguments, opened in the process of a shard."""
     store = GradientStore.open(RunDir(uri))
     return store if view is None else View(store, *view)
 
@@ -209,7 +209,7 @@ def rows_of(store: GradientStore, settings: Select) -> Rows:
             f"select.precondition=second_moment needs each weight's own coordinate, and the store is a {kind} "
             "projection: extract with gradients.projector=exact."
         )
-    return view_of(store, settings)
+    return view_of(store, settings, store.attributes["fractions"])
 
 
 def _repeats(job: Job, settings: Select) -> npt.NDArray[np.bool_] | None:

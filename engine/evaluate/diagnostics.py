@@ -16,7 +16,7 @@ import numpy.typing as npt
 from engine.rows import Rows
 from engine.select import Columns, select
 from engine.select.objective import Floats, Ints, RowKind, scores, unit_target, vectors
-from engine.select.view import View, view_of
+from engine.select.view import View, target_of
 from engine.spec import Select, Strategy
 
 OTHERS: tuple[Strategy, ...] = ("random", "topk")
@@ -191,12 +191,10 @@ def negative_control(rows: Rows, order: Ints, columns: Columns, spec: Select) ->
         overlap, the share of picks that are in the selection too.
     """
     found: dict[str, Any] = {"objective": float(_f(_sum(rows, order, spec.rows), unit_target(rows.target)))}
-    scale = rows.scale if isinstance(rows, View) else None
+    view = rows if isinstance(rows, View) else View(rows, rows.target)
     for target in ("negative", "random"):
-        settings = spec.model_copy(update={"strategy": "greedy", "target": target, "precondition": "none"})
-        bare = rows.store if isinstance(rows, View) else rows
-        towards = view_of(bare, settings)
-        picked = select(View(bare, towards.target, scale), columns, settings)
+        settings = spec.model_copy(update={"strategy": "greedy", "target": target})
+        picked = select(view.towards(target_of(view.store.target, settings)), columns, settings)
         found[target] = {
             "objective": float(picked.objective[-1]),
             "peak_objective": picked.peak_value,

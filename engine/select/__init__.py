@@ -181,7 +181,7 @@ def _summary(certificate: Certificate, checked: list[int]) -> dict[str, Any]:
 
 def _inputs(rows: Rows, spec: Select, eligible: Bools, label: Labels | None) -> dict[str, Any]:
     """All that greedy picks depend on, but for the rows themselves, which resuming compares."""
-    fields = ["strategy", "size", "rows", "precondition"]
+    fields = ["strategy", "size", "rows", "precondition", "checkpoints"]
     fields += ["batch_size"] if spec.strategy == "greedy_batched" else []
     return {
         **{name: getattr(spec, name) for name in fields},

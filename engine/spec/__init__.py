@@ -65,6 +65,12 @@ class RunSpec(Section):
         if self.task.kind == "classification" and answers is not None:
             name = "messages" if self.corpus.messages else "prompt and corpus.response"
             raise ValueError(f"corpus.{name} are for language_modelling; use corpus.text")
+        absent = set(self.select.checkpoints or ()).difference(self.gradients.fractions)
+        if absent:
+            raise ValueError(
+                f"select.checkpoints asks for {min(absent):g}, which is not among gradients.checkpoints "
+                f"({', '.join(f'{f:g}' for f in self.gradients.fractions)})"
+            )
         if self.task.kind == "language_modelling":
             wanted = {self.select.strategy, *self.retrain.strategies}
             balanced = sorted(s for s in wanted if s.endswith("_balanced") and not is_named(s))

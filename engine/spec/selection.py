@@ -39,6 +39,9 @@ class Select(Placement):
     stop: Literal["size", "at_peak"] = Field(
         "size", description="at_peak keeps the prefix with the largest f"
     )
+    checkpoints: list[float] | None = Field(
+        None, description="use only these of gradients.checkpoints (fractions); default: all"
+    )
     target: Literal["delta", "negative", "random"] = Field(
         "delta", description="what to align with; negative (-Delta) and random are negative controls"
     )
@@ -74,6 +77,8 @@ class Select(Placement):
 
     @model_validator(mode="after")
     def _coherent(self) -> Select:
+        if self.checkpoints is not None and not 0 < len(set(self.checkpoints)) == len(self.checkpoints):
+            raise ValueError("checkpoints must be one fraction or more, all different")
         if self.rounds > 1 and (self.stop != "size" or self.target != "delta"):
             raise ValueError("rounds needs stop=size and target=delta")
         if self.rounds > self.size:

@@ -86,6 +86,12 @@ def test_a_spec_cannot_be_changed() -> None:
         ("gradients.checkpoints", 0, ["gradients.checkpoints", "at least 1"]),
         ("gradients.checkpoints", "x", ["gradients.checkpoints:", "x"]),
         ("gradients.checkpoints", [0.5, 1.5], ["gradients.checkpoints", "between 0 and 1"]),
+        (
+            "select.checkpoints",
+            [0.5],
+            ["select.checkpoints asks for 0.5", "not among gradients.checkpoints (1)"],
+        ),
+        ("select.checkpoints", [], ["select", "checkpoints must be one fraction or more"]),
         ("gradients.projector", "jl", ["gradients.projector", "tensorsketch"]),
         ("task.labels", ["one"], ["task.labels", "two label words"]),
         ("task.labels", [True, False], ["task.labels.0", "quotes"]),

@@ -56,6 +56,29 @@ def test_preconditioned_greedy_is_exact_greedy_on_rows_divided_by_their_root_mea
     assert chosen.rows.tolist() != select(rows, Columns(), Select(size=20)).rows.tolist()
 
 
+def test_a_selection_from_some_checkpoints_is_that_of_a_store_that_has_only_those(rows):
+    block = rows.read(0, rows.n_rows)
+    spec = Select(size=20, checkpoints=[1.0], precondition="second_moment", verify=3)
+    for at, fraction in enumerate((0.5, 1.0)):
+        spec = spec.model_copy(update={"checkpoints": [fraction]})
+        alone = ArrayRows(block.features[at : at + 1], rows.target, block.scale[at : at + 1], block_rows=16)
+        expected = select(alone, Columns(), spec.model_copy(update={"checkpoints": None}))
+        seen = view_of(rows, spec, [0.5, 1.0])
+        chosen = select(seen, Columns(), spec)
+        assert chosen.rows.tolist() == expected.rows.tolist()
+        assert chosen.objective.tolist() == expected.objective.tolist()
+        assert seen.take(np.array([3, 7])).features.shape == (1, 2, rows.dim)
+    both = view_of(rows, Select(size=20, checkpoints=[1.0, 0.5]), [0.5, 1.0])
+    assert (
+        select(both, Columns(), Select(size=20)).rows.tolist()
+        == select(rows, Columns(), Select(size=20)).rows.tolist()
+    )
+    with pytest.raises(UserError, match=r"asks for 0\.25, and the store has 0\.5, 1: choose of those"):
+        view_of(rows, Select(checkpoints=[0.25, 1.0]), [0.5, 1.0])
+    with pytest.raises(UserError, match=r"asks for 0\.5, and the store has no fractions"):
+        select(rows, Columns(), Select(size=2, checkpoints=[0.5]))
+
+
 def test_a_coordinate_that_never_moves_does_no_harm_to_preconditioning(rows):
     block = rows.read(0, rows.n_rows)
     features = block.features.copy()
