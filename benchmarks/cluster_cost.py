@@ -56,7 +56,7 @@ def extraction(spec: RunSpec, instance: Instance, documents: int, rate: float) -
     """Hours on NODES machines, and GPU hours, as `unbake plan` gives them."""
     actors = NODES * instance.gpus
     machine = Machine(4.0 * actors, actors, True, 4 * actors, 0.0, 0.0, 1 << 40, 1 << 40, None)
-    shape = StoreShape(1, documents, DIM, spec.corpus.partition_rows)
+    shape = StoreShape(1, documents, DIM, spec.corpus.partition_rows_of(documents))
     result = estimate(spec, shape, ModelSize(1, 1, 1, 1), machine, None, rate)
     stage = result.stages[0]
     assert stage.hours is not None
@@ -90,7 +90,8 @@ def main() -> None:
                 cells.append(f"{gpu_hours:,.1f} GPU h, {hours:,.2f} h on {NODES}, ${cost:,.0f}")
             print(f"| {' | '.join(cells)} |")
     sizes = (
-        store_bytes(StoreShape(1, documents, DIM, spec.corpus.partition_rows)) for documents in DOCUMENTS
+        store_bytes(StoreShape(1, documents, DIM, spec.corpus.partition_rows_of(documents)))
+        for documents in DOCUMENTS
     )
     print(f"| either | store, d = {DIM} | | {' | '.join(human(size) for size in sizes)} |")
     trained = len(spec.retrain.strategies) * spec.select.size * spec.retrain.epochs

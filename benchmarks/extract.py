@@ -251,7 +251,7 @@ class Contest:
         self.encode_seconds = time.perf_counter() - started
         target = choose_target(spec, endpoints, encoder.label_ids)
         self.engine = GradientEngine(endpoints, encoder, target, spec, DEVICE)
-        size = spec.corpus.partition_rows
+        size = spec.corpus.partition_rows_of(len(documents))
         starts = range(0, len(documents), size)
         self.parts = [encoded.take(np.arange(i, min(len(documents), i + size))) for i in starts]
         self.batches = [batches_of(part, self.engine.tokens_per_batch) for part in self.parts]

@@ -201,7 +201,7 @@ def encoders(job: ExtractJob, partitions: int) -> int:
 
 def _ahead(job: ExtractJob) -> int:
     """Bytes of encoded partitions that may wait: encoders are faster, and would fill the object store."""
-    longest = job.spec.corpus.partition_rows * job.spec.task.max_tokens * TOKEN_BYTES
+    longest = job.plan.partition_rows * job.spec.task.max_tokens * TOKEN_BYTES
     return max(AHEAD_BYTES, PARTITIONS_AHEAD * longest * actors(job))
 
 

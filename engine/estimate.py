@@ -124,8 +124,8 @@ def index_bytes(shape: StoreShape, budget_mb: int) -> int:
 
 def extraction_seconds(spec: RunSpec, documents: int, c: Calibration, machine: Machine) -> float:
     """Seconds of extraction: whichever binds, the gradient actors, the encoders, or the CPUs they share."""
-    rows = spec.corpus.partition_rows
-    actor = partition_cost(spec, c)
+    rows = spec.corpus.partition_rows_of(documents)
+    actor = partition_cost(spec, rows, c)
     encoder = (c.encode + c.text) * rows
     cpu = actor.cpu + encoder.cpu
     partitions = documents / rows
@@ -134,9 +134,9 @@ def extraction_seconds(spec: RunSpec, documents: int, c: Calibration, machine: M
     return machine.session + PIPELINE_START + machine.start * together + c.load + partitions * binding
 
 
-def partition_cost(spec: RunSpec, c: Calibration) -> Cost:
-    """What a gradient actor spends on one partition: every checkpoint, and writing."""
-    rows, fractions = spec.corpus.partition_rows, spec.gradients.fractions
+def partition_cost(spec: RunSpec, rows: int, c: Calibration) -> Cost:
+    """What a gradient actor spends on one partition of so many documents: every checkpoint, and writing."""
+    fractions = spec.gradients.fractions
     moves = 0 if fractions == [1.0] else passes(fractions)
     return c.gradient * (rows * passes(fractions)) + c.interpolate * moves + c.write * rows
 
@@ -324,7 +324,6 @@ def _disk(spec: RunSpec, shape: StoreShape, size: ModelSize) -> dict[str, int]:
 def _memory(
     spec: RunSpec, shape: StoreShape, size: ModelSize, machine: Machine, c: Calibration | None
 ) -> dict[str, int]:
-    rows = spec.corpus.partition_rows
     on_device, away = held_bytes(spec, size)
     result = {
         "index": index_bytes(shape, spec.select.index_memory_mb) if "greedy" in spec.select.strategy else 0,
@@ -336,7 +335,7 @@ def _memory(
             "gradient actor": c.worker_bytes,
             "gradient actor, on the GPU": c.device_bytes,
             "encode actor": c.encoder_bytes,
-            "encoded partition, in the object store": int(rows * c.tokens * ENCODED_BYTES),
+            "encoded partition, in the object store": int(shape.partition_rows * c.tokens * ENCODED_BYTES),
             "training worker, activations (estimate)": activation_bytes(spec, size, c.tokens),
             "training worker, logits (estimate)": logit_bytes(spec, size, c.tokens),
         }

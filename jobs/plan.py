@@ -119,11 +119,9 @@ def plan(
         machine = cluster.calibrate.machine(work, ray_start, start, memory, device_memory, _free_disk(job))
     if workers is not None:
         machine = _scaled(machine, workers)
+    rows = documents or ready.plan.n_rows
     shape = StoreShape(
-        len(job.spec.gradients.fractions),
-        documents or ready.plan.n_rows,
-        ready.target.dim,
-        ready.plan.partition_rows,
+        len(job.spec.gradients.fractions), rows, ready.target.dim, job.spec.corpus.partition_rows_of(rows)
     )
     return estimate(job.spec, shape, model_size(job), machine, calibration, rate)
 

@@ -159,7 +159,7 @@ def load_plan(run: RunDir) -> Plan:
     rows = [count for _, count in state["files"]]
     return Plan(
         n_rows=sum(rows),
-        partition_rows=state["settings"]["partition_rows"],
+        partition_rows=state["partition_rows"],
         columns=Columns(**state["columns"]),
         fingerprint=state["fingerprint"],
         files=tuple(f"{run.uri}/{file}" if _inside(file) else file for file, _ in state["files"]),
@@ -190,7 +190,7 @@ def _convert(
 ) -> tuple[list[_Read], list[tuple[str, int]]]:
     """Read the sources up to max_documents: what was read, and the (file, rows) that hold it, in order."""
     picker = convert.Picker(corpus)
-    parts = convert.Parts(run, picker.names, corpus.partition_rows, progress, part_bytes)
+    parts = convert.Parts(run, picker.names, corpus.partition_rows or 1, progress, part_bytes)
     footers = _footers(sources)
     reads: list[_Read] = []
     left = corpus.max_documents
@@ -248,7 +248,9 @@ def _write(corpus: spec.Corpus, run: RunDir, reads: list[_Read], files: list[tup
     contents = [
         [read.source.name, read.source.format, read.source.size, read.rows, read.check] for read in reads
     ]
+    partition_rows = corpus.partition_rows_of(sum(rows for _, rows in files))
     state = {
+        "partition_rows": partition_rows,
         "columns": asdict(columns),
         "settings": _settings(corpus),
         "sources": [asdict(read) for read in reads],
@@ -256,7 +258,7 @@ def _write(corpus: spec.Corpus, run: RunDir, reads: list[_Read], files: list[tup
         "fingerprint": fingerprint({"sources": contents, "settings": _settings(corpus)}),
     }
     metadata = {b"unbake": json.dumps(state, sort_keys=True).encode()}
-    table = _pieces_table([file for file, _ in files], [rows for _, rows in files], corpus.partition_rows)
+    table = _pieces_table([file for file, _ in files], [rows for _, rows in files], partition_rows)
     run.write_table(PLAN, table.replace_schema_metadata(metadata))
 
 

@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from engine.extend import OneOf
 from engine.sections import Section
 
+LARGEST_PARTITION, STEP, PARTITIONS = 4096, 256, 32
+"""Documents of a partition at most and by how many it grows, and partitions of a corpus at least, by default."""
+
 LoadIn = Literal["none", "8bit", "4bit"]
 LossScope = Literal["last_token", "response", "all_tokens"]
 
@@ -45,12 +48,23 @@ class Corpus(Section):
     messages: str | None = Field(
         None, description="column with chats, lists of {role, content}; the assistant's turns carry the loss"
     )
-    partition_rows: int = Field(
-        4096, ge=1, description="documents in a partition: the unit of work and resuming"
+    partition_rows: int | None = Field(
+        None,
+        ge=1,
+        description="documents in a partition, the unit of work and resuming; default: 4096, fewer of a small corpus",
     )
     max_documents: int | None = Field(None, ge=1, description="read only the first so many documents")
     max_chars: int = Field(1_000_000, ge=1, description="longer documents are cut to so many characters")
     max_quarantined: float = Field(0.05, ge=0, le=1, description="stop when a larger share is quarantined")
+
+    def partition_rows_of(self, documents: int) -> int:
+        """Documents in a partition of a corpus of so many.
+
+        By default a corpus makes PARTITIONS at least, so that all workers have work to the end; by 256, so that
+        a partition divides into chunks of every size (`engine.store.StoreShape.chunk_rows`).
+        """
+        fitting = STEP * max(1, documents // (STEP * PARTITIONS))
+        return self.partition_rows or min(LARGEST_PARTITION, fitting)
 
     @model_validator(mode="after")
     def _one_source(self) -> Corpus:

@@ -201,6 +201,25 @@ def test_files_that_come_and_go_are_named(corpus: Corpus, run: RunDir, tmp_path:
         make_plan(corpus, run)
 
 
+@given(st.integers(1, 10**9))
+def test_by_default_a_corpus_makes_partitions_enough_for_many_workers(documents: int) -> None:
+    rows = Corpus(paths=["c"]).partition_rows_of(documents)
+    assert rows % 256 == 0
+    assert 256 <= rows <= 4096
+    assert rows == 256 or documents / rows >= 32
+    assert rows == 4096 or documents / rows < 64
+    assert Corpus(paths=["c"], partition_rows=7).partition_rows_of(documents) == 7
+
+
+def test_the_plan_has_the_default_partitions(run: RunDir, tmp_path: Path) -> None:
+    corpus = Corpus(paths=[str(tmp_path / "c.jsonl")])
+    write_jsonl(tmp_path / "c.jsonl", [f"text {i}" for i in range(600)])
+    plan = make_plan(corpus, run)
+    assert (plan.partition_rows, plan.n_partitions) == (256, 3)
+    assert everything(plan, corpus).text == [f"text {i}" for i in range(600)]
+    assert make_plan(corpus, run) == plan
+
+
 @pytest.mark.parametrize(
     "change", [{"partition_rows": 17}, {"max_chars": 9}, {"max_documents": 9}, {"id": "text"}]
 )
