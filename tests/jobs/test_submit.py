@@ -138,6 +138,7 @@ def submit(head: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow  # what `unbake submit` does below, by Ray's own command
 def test_a_submitted_job_does_its_work_and_leaves_the_cluster_running(head: str, config: Path) -> None:
     done = submit(head, "extract", "--config", str(config))
     assert done.returncode == 0, done.stdout + done.stderr
