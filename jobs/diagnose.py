@@ -11,6 +11,7 @@ diagnostics.json holds::
     corpus_shares      label shares of the corpus, or null
     control            f towards -Delta and towards a random direction, and how many picks those share
     projection         error of projected inner products against exact ones, or null where none were kept
+    sure               share of documents that the fine-tuned model is 99% sure of: selected, corpus
     confidence         mean, share below one half, histogram {edges, counts} over the corpus
     trajectory         with --trajectory: gradients along a recorded training run and at synthetic checkpoints
     worse_than_random  sentences: strategies that metrics.json shows below random
@@ -29,7 +30,7 @@ import torch
 from engine.batches import CPU_TOKENS
 from engine.checkpoints import weights_hash
 from engine.errors import UserError
-from engine.evaluate.diagnostics import StoredProducts, diagnose_selection, projection_error, warnings
+from engine.evaluate.diagnostics import StoredProducts, diagnose_selection, projection_error, sure, warnings
 from engine.evaluate.trajectory import trajectory as fidelity
 from engine.losses import label_rows
 from engine.rundir import DIAGNOSTICS, METRICS, SELECTION, STAGES, fingerprint
@@ -40,7 +41,7 @@ from jobs.job import Job
 from jobs.options import parse_spec, spec_parser
 from jobs.select import check_selection, columns_of, rows_of
 
-CODE = 1
+CODE = 2
 """Raised whenever the same inputs would give other numbers."""
 
 TRUE_DOCUMENTS = 512
@@ -121,6 +122,7 @@ def _selection(job: Job, extracted: dict[str, Any]) -> dict[str, Any]:
         found = diagnose_selection(rows, order, columns, settings, shares)
         exact = StoredProducts(store.column("alignment"), store.column("norm"))
         found["projection"] = projection_error(store, exact, store.attributes["delta_norm"])
+        found["sure"] = sure(store.column("confidence"), store.valid, order)
         progress.update(int(order.size))
         return found | {"seconds": round(progress.seconds, 3)}
 

@@ -32,6 +32,9 @@ REDUNDANT, UNSURE, NEAR_CONTROL, PROJECTED = 0.9, 0.5, 0.9, 0.1
 """Above these, or below for UNSURE, a warning: mean nearest-neighbour cosine of the picks; mean confidence of
 the labels; f towards a random direction as a share of f towards Delta; standard error of projected cosines."""
 
+SURE, MOSTLY_SURE, SURER = 0.99, 0.5, 3.0
+"""Confidence that counts as sure; a warning where so large a share of the picks has it, so many times the corpus's."""
+
 
 def diagnose_selection(
     rows: Rows, order: Ints, columns: Columns, spec: Select, shares: list[float] | None = None
@@ -170,6 +173,14 @@ def redundancy(rows: Rows, members: Ints, kind: RowKind) -> dict[str, float | No
     return {"mean_cosine": float(pairs.mean()), "nearest_cosine": float(np.concatenate(nearest).mean())}
 
 
+def sure(
+    confidence: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_], members: Ints
+) -> dict[str, float]:
+    """Share of documents whose label the fine-tuned model gives SURE or more: of the picks, and of all valid ones."""
+    above = confidence >= SURE
+    return {"selected": float(above[members].mean()), "corpus": float(above[valid].mean())}
+
+
 def balance(label: npt.NDArray[np.int32] | None, members: Ints) -> dict[str, Any]:
     """Share of each autolabel, and their entropy over its maximum (1: all equal); nothing without labels."""
     if label is None:
@@ -278,6 +289,13 @@ def warnings(found: dict[str, Any], strategy: str) -> list[dict[str, str]]:
         say(
             "The selection does not point along Delta at all (f is not above 0).",
             "other layers (gradients.layers), another corpus, or check that base is the true base model.",
+        )
+    picked, everywhere = found["sure"]["selected"], found["sure"]["corpus"]
+    if picked >= MOSTLY_SURE and picked > SURER * everywhere:
+        say(
+            f"The fine-tuned model is {SURE:.0%} sure of {picked:.0%} of the selection and of {everywhere:.0%} of the "
+            "corpus: documents drawn at random among those may do as well.",
+            f"the comparison: unbake select and retrain with select.strategy=random and select.min_confidence={SURE}.",
         )
     shares, corpus = chosen.get("label_shares"), found.get("corpus_shares")
     if shares and max(shares) > 0.9 and (not corpus or max(corpus) <= 0.9):

@@ -59,6 +59,10 @@ def _checks(found: dict[str, Any]) -> dict[str, Any]:
         ["Error of projected cosines", figures(projection["target_error"]) if projection else NONE],
         ["Mean confidence of labels on the corpus", fixed(confidence["mean"], 2)],
         ["Documents with confidence below one half", f"{100 * confidence['below_half']:.0f}%"],
+        [
+            "Documents with confidence of 0.99 or more",
+            f"{found['sure']['corpus']:.0%}; of the selection {found['sure']['selected']:.0%}",
+        ],
     ]
     return {
         "title": "Checks",

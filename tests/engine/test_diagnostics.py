@@ -17,6 +17,7 @@ from engine.evaluate.diagnostics import (
     path_gains,
     projection_error,
     redundancy,
+    sure,
     warnings,
 )
 from engine.rows import ArrayRows
@@ -137,6 +138,12 @@ def test_projection_error_is_that_of_the_projection() -> None:
     assert projection_error(rows, nothing, 1.0) is None
 
 
+def test_sure_documents_are_counted_among_valid_ones_and_a_missing_confidence_is_not_sure() -> None:
+    confidence = np.array([0.995, 0.2, np.nan, 0.99, 1.0], np.float32)
+    valid = np.array([True, True, True, True, False])
+    assert sure(confidence, valid, np.array([0, 2])) == {"selected": 0.5, "corpus": 0.5}
+
+
 def findings(**changes: Any) -> dict[str, Any]:
     fine = {
         "sets": {
@@ -145,6 +152,7 @@ def findings(**changes: Any) -> dict[str, Any]:
         },
         "control": {"objective": 0.6, "random": {"peak_objective": 0.2}},
         "confidence": {"mean": 0.8},
+        "sure": {"selected": 0.8, "corpus": 0.4},
         "worse_than_random": [],
         "corpus_shares": [0.5, 0.5],
         "projection": {"target_error": 0.01},
@@ -161,6 +169,7 @@ def test_a_sound_selection_is_warned_of_nothing() -> None:
     [
         ({"sets": {"greedy": {"nearest_cosine": 0.97}}}, "redundant", "dedupe"),
         ({"confidence": {"mean": 0.3}}, "unsure", "min_confidence"),
+        ({"sure": {"selected": 0.85, "corpus": 0.08}}, "99% sure of 85%", "min_confidence=0.99"),
         ({"worse_than_random": ["greedy: 0.5 against 0.6"]}, "worse than on random", "greedy_balanced"),
         ({"control": {"objective": 0.6, "random": {"peak_objective": 0.58}}}, "random direction", "dim"),
         ({"control": {"objective": -0.1, "random": {"peak_objective": 0.2}}}, "not point along", "layers"),
@@ -171,7 +180,7 @@ def test_a_sound_selection_is_warned_of_nothing() -> None:
         ),
         ({"projection": {"target_error": 0.2}}, "projection errs", "gradients.dim"),
     ],
-    ids=["redundant", "unsure", "worse", "control", "nothing", "labels", "projection"],
+    ids=["redundant", "unsure", "sure", "worse", "control", "nothing", "labels", "projection"],
 )
 def test_each_warning_says_what_is_wrong_and_what_to_try(
     changes: dict[str, Any], word: str, remedy: str

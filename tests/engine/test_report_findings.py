@@ -26,6 +26,7 @@ DIAGNOSED: dict[str, Any] = {
     },
     "projection": None,
     "confidence": {"mean": 0.77, "below_half": 0.125},
+    "sure": {"selected": 0.85, "corpus": 0.08},
     "trajectory": {
         "recorded": [{"checkpoint": "step-<1>", "way": 0.5, "cosine": 0.333, "gradient_norm": 1.5}],
         "synthetic": [{"fraction": 0.25, "cosine": None, "gradient_norm": 0.0}],
@@ -46,7 +47,18 @@ def test_findings_are_shown_in_every_format(tmp_path: Path) -> None:
     given = (RunDir(str(tmp_path)), spec, None, table)
     page = render(*given, {"diagnosed": DIAGNOSED})
     text = render_markdown(*given, {"diagnosed": DIAGNOSED})
-    for number in ("0.457", "0.679", "0.346", "0.234", "12% of 3,072", "2 of 9", "0.9877", "0.77", "0.333"):
+    for number in (
+        "0.457",
+        "0.679",
+        "0.346",
+        "0.234",
+        "12% of 3,072",
+        "2 of 9",
+        "0.9877",
+        "0.77",
+        "0.333",
+        "8%; of the selection 85%",
+    ):
         assert number in page
         assert number in text
     assert "It is &lt;b&gt;redundant&lt;/b&gt;. Try select.dedupe=near." in page

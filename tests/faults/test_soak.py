@@ -35,6 +35,7 @@ def report(soak: Soak) -> None:
             file.write(json.dumps({"seed": soak.seed, **json.loads(text)}) + "\n")
 
 
+@pytest.mark.slow  # test_nodes.py kills a node, test_kills.py stops a driver, and both compare bytes
 def test_a_few_random_kills_of_extraction_change_no_byte(tmp_path: Path, address: str) -> None:
     config = make_case(tmp_path, documents=768)
     soak = Soak(config, undisturbed("extract", config, address), address, seed=0, command="extract")
