@@ -33,7 +33,8 @@ class Parts:
     """Writes rows to `corpus/part-*.parquet`, each file whole and at once (`RunDir.write_bytes` is atomic).
 
     Row groups end at multiples of `partition_rows` where texts are short, so that a partition is a row group
-    or a run of them; memory holds one row group of at most about 16 M characters and one compressed part.
+    or a run of them (1: not known before all is read; they end at multiples of GROUP_ROWS). Memory holds one row
+    group of at most about 16 M characters and one compressed part.
     """
 
     def __init__(

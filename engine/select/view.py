@@ -93,14 +93,15 @@ def _checkpoints(spec: Select, fractions: list[float] | None) -> list[int] | Non
     """Numbers of the checkpoints that `spec` asks for, ascending."""
     if spec.checkpoints is None:
         return None
-    absent = sorted(set(spec.checkpoints).difference(fractions or ()))
-    if absent or fractions is None:
-        has = f"has {', '.join(f'{f:g}' for f in fractions)}" if fractions else "has no fractions"
+    known = fractions or []
+    absent = sorted(set(spec.checkpoints).difference(known))
+    if absent:
+        has = f"has {', '.join(f'{f:g}' for f in known)}" if known else "has no fractions"
         raise UserError(
             f"select.checkpoints asks for {', '.join(f'{f:g}' for f in absent)}, and the store {has}: choose of those, "
             "or extract with other gradients.checkpoints."
         )
-    return [fractions.index(f) for f in sorted(spec.checkpoints)]
+    return [known.index(f) for f in sorted(spec.checkpoints)]
 
 
 def second_moment(rows: Rows) -> Floats:
