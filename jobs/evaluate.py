@@ -14,11 +14,11 @@ from engine.experiment.grid import Judged
 from engine.models import load_model, torch_dtype
 from engine.rundir import METRICS
 from engine.sources import resolve
-from engine.spec import Retrain
+from engine.spec import SEEDED, Retrain
 from jobs.distances import distances, true_set
 from jobs.job import Job, local_copy
 from jobs.retrain import retrained
-from jobs.select import RANDOM, select_for
+from jobs.select import select_for
 from jobs.table import print_table
 
 CODE = 1
@@ -84,7 +84,7 @@ def _distances(job: Job, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if entry["model"] == "retrained":
             name = select_for(job, entry["strategy"], entry["seed"])
             stage = f"distances-{os.path.basename(name).removesuffix('.parquet')}"
-            own = entry["seed"] if entry["strategy"] in RANDOM else None
+            own = entry["seed"] if entry["strategy"] in SEEDED else None
             rows[name] = {"strategy": entry["strategy"], "seed": own, **distances(job, stage, name, true)}
     return list(rows.values())
 

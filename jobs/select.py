@@ -21,7 +21,7 @@ from engine.rundir import DUPLICATES, SELECTION, STAGES, RunDir
 from engine.sections import section_from_fields
 from engine.select import Certificate, Columns, Selection, View, open_features, recheck, view_of
 from engine.select import select as choose
-from engine.spec import Placement, Select, Strategy
+from engine.spec import SEEDED, Placement, Select, Strategy
 from engine.storage import Folder
 from engine.store import GradientStore
 from jobs.job import Job
@@ -42,9 +42,6 @@ NO_BYTES = (
 CERTIFICATE = f"{STAGES}/{{}}.certificate.parquet"
 """File of a stage's certificate, a row for each pick; its counts of work may differ after a resume."""
 
-RANDOM: tuple[Strategy, ...] = ("random", "random_balanced")
-"""Strategies whose selection depends on the seed."""
-
 
 def select(job: Job) -> dict[str, Any]:
     """Select by `select.strategy` into selection.parquet."""
@@ -53,7 +50,7 @@ def select(job: Job) -> dict[str, Any]:
 
 def select_for(job: Job, strategy: Strategy, seed: int) -> str:
     """The selection that a retraining of a strategy and seed uses; the name of its file in the run."""
-    own = strategy in RANDOM
+    own = strategy in SEEDED
     settings = job.spec.select.model_copy(
         update={"strategy": strategy, "seed": seed if own else job.spec.select.seed}
     )
@@ -242,7 +239,7 @@ def _repeats(job: Job, settings: Select) -> npt.NDArray[np.bool_] | None:
 
 def columns_of(job: Job, store: GradientStore, settings: Select) -> Columns:
     """The columns that a selection by these settings reads beside the rows."""
-    confidence = store.column("confidence") if settings.min_confidence else None
+    confidence = store.column("confidence") if settings.needs_confidence else None
     return Columns(_labels(job, store), finetuned_loss(store), confidence, _repeats(job, settings))
 
 

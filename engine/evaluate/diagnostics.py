@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from engine.rows import Rows
 from engine.select import Columns, select
+from engine.select.baselines import CONFIDENT
 from engine.select.objective import Floats, Ints, RowKind, scores, unit_target, vectors
 from engine.select.view import View, target_of
 from engine.spec import Select, Strategy
@@ -32,8 +33,8 @@ REDUNDANT, UNSURE, NEAR_CONTROL, PROJECTED = 0.9, 0.5, 0.9, 0.1
 """Above these, or below for UNSURE, a warning: mean nearest-neighbour cosine of the picks; mean confidence of
 the labels; f towards a random direction as a share of f towards Delta; standard error of projected cosines."""
 
-SURE, MOSTLY_SURE, SURER = 0.99, 0.5, 3.0
-"""Confidence that counts as sure; a warning where so large a share of the picks has it, so many times the corpus's."""
+MOSTLY_SURE, SURER = 0.5, 3.0
+"""A warning where the model is sure of so large a share of the picks, and of so many times the corpus's share."""
 
 
 def diagnose_selection(
@@ -176,8 +177,8 @@ def redundancy(rows: Rows, members: Ints, kind: RowKind) -> dict[str, float | No
 def sure(
     confidence: npt.NDArray[np.float32], valid: npt.NDArray[np.bool_], members: Ints
 ) -> dict[str, float]:
-    """Share of documents whose label the fine-tuned model gives SURE or more: of the picks, and of all valid ones."""
-    above = confidence >= SURE
+    """Share of documents whose label has CONFIDENT or more: of the picks, and of all valid ones."""
+    above = confidence >= CONFIDENT
     return {"selected": float(above[members].mean()), "corpus": float(above[valid].mean())}
 
 
@@ -293,9 +294,9 @@ def warnings(found: dict[str, Any], strategy: str) -> list[dict[str, str]]:
     picked, everywhere = found["sure"]["selected"], found["sure"]["corpus"]
     if picked >= MOSTLY_SURE and picked > SURER * everywhere:
         say(
-            f"The fine-tuned model is {SURE:.0%} sure of {picked:.0%} of the selection and of {everywhere:.0%} of the "
-            "corpus: documents drawn at random among those may do as well.",
-            f"the comparison: unbake select and retrain with select.strategy=random and select.min_confidence={SURE}.",
+            f"The fine-tuned model is {CONFIDENT:.0%} sure of {picked:.0%} of the selection and of {everywhere:.0%} "
+            "of the corpus: documents drawn at random among those may do as well.",
+            "the comparison: unbake recover with random_confident among retrain.strategies.",
         )
     shares, corpus = chosen.get("label_shares"), found.get("corpus_shares")
     if shares and max(shares) > 0.9 and (not corpus or max(corpus) <= 0.9):

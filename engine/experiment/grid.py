@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from engine.errors import UserError
 from engine.rundir import fingerprint
 from engine.sections import Section
-from engine.spec import DType, Placement, Retrain, RunSpec, Strategy
+from engine.spec import SEEDED, DType, Placement, Retrain, RunSpec, Strategy
 
 DATA = "data:"
 """Prefix by which a spec names a sample of the grid: `data:hidden`."""
@@ -31,9 +31,6 @@ COLUMNS = (
     "train_seconds", "final_loss", "extraction", "training",
 )  # fmt: skip
 """Columns of the results beside axes, strategy, seed and distances; no axis may have such a name."""
-
-SEEDED: tuple[Strategy, ...] = ("random", "random_balanced")
-"""Strategies whose selection depends on the seed of the cell."""
 
 EXTRACTION = ("models", "corpus", "task", "gradients", "extract")
 """Sections of the spec that the store depends on: cells that agree in them share one extraction."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.report.numbers import NONE, count, figures, fixed
+from engine.select.baselines import CONFIDENT
 
 
 def findings(found: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -60,7 +61,7 @@ def _checks(found: dict[str, Any]) -> dict[str, Any]:
         ["Mean confidence of labels on the corpus", fixed(confidence["mean"], 2)],
         ["Documents with confidence below one half", f"{100 * confidence['below_half']:.0f}%"],
         [
-            "Documents with confidence of 0.99 or more",
+            f"Documents with confidence of {CONFIDENT} or more",
             f"{found['sure']['corpus']:.0%}; of the selection {found['sure']['selected']:.0%}",
         ],
     ]

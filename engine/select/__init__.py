@@ -12,7 +12,7 @@ import numpy.typing as npt
 from engine.errors import UserError
 from engine.extend import load
 from engine.rows import Rows
-from engine.select.baselines import alignment, at_random, by_score
+from engine.select.baselines import alignment, at_random, by_score, confident
 from engine.select.external import open_features
 from engine.select.greedy import Greedy, LocalShards, Pick, Shards, verify
 from engine.select.journal import Journal, digest
@@ -200,7 +200,7 @@ def _eligible(rows: Rows, columns: Columns, spec: Select) -> Bools:
         eligible, what = eligible & np.isfinite(_losses(columns, spec)), "valid documents with a finite loss"
     if spec.min_confidence > 0:
         what += f" that the fine-tuned model is at least {spec.min_confidence:g} sure of"
-        eligible = eligible & (_confidences(columns) >= spec.min_confidence)
+        eligible = eligible & (_confidences(columns, spec) >= spec.min_confidence)
     if columns.repeats is not None:
         eligible, what = eligible & ~columns.repeats, f"{what} that repeat none"
     count = int(eligible.sum())
@@ -216,6 +216,10 @@ def _order(rows: Rows, columns: Columns, spec: Select, eligible: Bools, label: L
     match spec.rule:
         case "random" | "random_balanced":
             return at_random(eligible, spec.size, spec.seed, label)
+        case "random_confident":
+            return at_random(
+                confident(_confidences(columns, spec), eligible, spec.size), spec.size, spec.seed
+            )
         case "loss_min" | "loss_max":
             sign = -1.0 if spec.strategy == "loss_min" else 1.0
             return by_score(sign * _losses(columns, spec).astype(np.float64), eligible, spec.size)
@@ -249,11 +253,10 @@ def _labels(columns: Columns, spec: Select) -> Labels:
     return columns.label
 
 
-def _confidences(columns: Columns) -> npt.NDArray[np.float32]:
+def _confidences(columns: Columns, spec: Select) -> npt.NDArray[np.float32]:
     if columns.confidence is None:
-        raise UserError(
-            "select.min_confidence needs the confidence of each document, and the store has none."
-        )
+        asks = "select.min_confidence" if spec.min_confidence else f"select.strategy={spec.strategy}"
+        raise UserError(f"{asks} needs the confidence of each document, and the store has none.")
     return columns.confidence
 
 

@@ -47,6 +47,16 @@ def by_score(score: Floats, eligible: Bools, size: int, label: npt.NDArray[np.in
     return rank(score[union], union, size)
 
 
+CONFIDENT = 0.99
+"""Probability of a label from which on the fine-tuned model counts as sure of it (docs/results.md says why so high)."""
+
+
+def confident(confidence: npt.NDArray[np.float32], eligible: Bools, size: int) -> Bools:
+    """The eligible rows of `CONFIDENT` or more, (N,); of fewer than `size`, the `size` rows of largest confidence."""
+    largest = np.sort(confidence[eligible])[-size]
+    return eligible & (confidence >= min(np.float32(CONFIDENT), largest))
+
+
 def at_random(eligible: Bools, size: int, seed: int, label: npt.NDArray[np.int32] | None = None) -> Ints:
     """`size` eligible rows in a seeded random order, with `label` under equal quotas.
 

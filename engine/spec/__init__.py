@@ -17,9 +17,10 @@ from engine.spec.extraction import DType, Extract, Gradients
 from engine.spec.inputs import Corpus, Evaluate, LoadIn, LossScope, Models, Task
 from engine.spec.placement import Placement, Ray
 from engine.spec.retraining import Lora, Retrain
-from engine.spec.selection import Select, Strategy
+from engine.spec.selection import SEEDED, Select, Strategy
 
 __all__ = [
+    "SEEDED",
     "Corpus",
     "DType",
     "Evaluate",
@@ -76,6 +77,10 @@ class RunSpec(Section):
             balanced = sorted(s for s in wanted if s.endswith("_balanced") and not is_named(s))
             if balanced:
                 raise ValueError(f"{balanced[0]} balances labels, which language_modelling does not have")
+            if "random_confident" in wanted:
+                raise ValueError(
+                    "random_confident draws by the confidence in labels: language_modelling has none"
+                )
         return self
 
     @property

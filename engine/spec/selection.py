@@ -21,11 +21,15 @@ Strategy = Annotated[
             "bottomk",
             "random",
             "random_balanced",
+            "random_confident",
             "loss_min",
             "loss_max",
         )
     ),
 ]
+
+SEEDED: tuple[Strategy, ...] = ("random", "random_balanced", "random_confident")
+"""Strategies whose selection depends on the seed."""
 
 
 class Select(Placement):
@@ -89,6 +93,11 @@ class Select(Placement):
     def rule(self) -> str:
         """The strategy, or `own` for one that is named as module:name."""
         return "own" if is_named(self.strategy) else self.strategy
+
+    @property
+    def needs_confidence(self) -> bool:
+        """Whether documents are told apart by how sure the fine-tuned model is of their labels."""
+        return self.min_confidence > 0 or self.strategy == "random_confident"
 
     @property
     def certified(self) -> bool:

@@ -151,6 +151,11 @@ def test_balancing_labels_needs_labels(name: str) -> None:
         RunSpec.from_dict(changed(MODEL, name, value))
 
 
+def test_a_draw_by_confidence_in_labels_needs_labels() -> None:
+    with pytest.raises(UserError, match="random_confident draws by the confidence in labels"):
+        RunSpec.from_dict(changed(MODEL, "select.strategy", "random_confident"))
+
+
 @pytest.mark.parametrize(
     ("fields", "scope"), [(CLASSIFY, "last_token"), (MODEL, "all_tokens"), (PAIRS, "response")], ids=str
 )

@@ -30,6 +30,10 @@ def serial(case: Path, ray_session: None) -> Path:
     return run(case, "serial", workers_min=1, workers_max=1)
 
 
+RAY_ENDS_AN_ACTOR = 30
+"""Seconds that Ray gives an actor that nobody holds any more, before it kills it (actor_graceful_shutdown_timeout_ms)."""
+
+
 @contextmanager
 def nodes_of(count: int, **resources: object) -> Iterator[Nodes]:
     nodes = Nodes(count, **resources)
@@ -101,7 +105,7 @@ def noted(folder: Path, what: str) -> list[str]:
 
 def test_extraction_leaves_no_actor_behind(serial: Path) -> None:
     """Nor what it held: a training that needs all GPUs would wait for ever."""
-    wait_until(lambda: not workers("MapWorker"), lambda: True, 20)
+    wait_until(lambda: not workers("MapWorker"), lambda: True, RAY_ENDS_AN_ACTOR + 30)
     total = ray.cluster_resources()["CPU"]
     wait_until(lambda: ray.available_resources().get("CPU") == total, lambda: True, 20)
 

@@ -25,7 +25,8 @@ def case():
     features = (rng.normal(size=(p, n, d)) + 0.3 * target).astype(np.float16)
     scale = rng.lognormal(size=(p, n)).astype(np.float32)
     valid = rng.random(n) > 0.1
-    columns = Columns(rng.integers(0, 3, n).astype(np.int32), rng.random(n).astype(np.float32))
+    label = rng.integers(0, 3, n).astype(np.int32)
+    columns = Columns(label, *(rng.random(n).astype(np.float32) for _ in range(2)))
     return ArrayRows(features, target, scale, valid, block_rows=16), columns
 
 
@@ -123,6 +124,41 @@ def test_loss_strategies_rank_by_loss_and_pass_over_losses_that_are_not_finite(c
     for strategy, want in (("loss_min", order[:5]), ("loss_max", order[::-1][:5])):
         got = select(rows, Columns(loss=loss), Select(strategy=strategy, size=5)).rows
         assert got.tolist() == want.tolist()
+
+
+def test_random_confident_draws_among_the_documents_the_model_is_sure_of(case):
+    rows, _ = case
+    valid = np.flatnonzero(rows.read(0, 60).valid)
+    confidence = np.full(60, 0.9, np.float32)
+    sure = valid[::2]
+    confidence[sure] = np.linspace(0.99, 1, sure.size, dtype=np.float32)
+    drawn = {s: _confident_rows(rows, confidence, 10, seed=s) for s in (1, 2)}
+    for order in drawn.values():
+        assert set(order) <= set(sure.tolist())
+        assert len(set(order)) == 10
+    assert drawn[1] != drawn[2]
+    assert drawn[1] == _confident_rows(rows, confidence, 10, seed=1)
+
+
+def test_random_confident_takes_the_surest_documents_where_too_few_are_sure(case):
+    rows, _ = case
+    valid = np.flatnonzero(rows.read(0, 60).valid)
+    confidence = np.random.default_rng(0).uniform(0.2, 0.98, 60).astype(np.float32)
+    confidence[valid[3]] = 0.995
+    confidence[np.setdiff1d(np.arange(60), valid)] = np.nan
+    surest = valid[np.argsort(confidence[valid])[-10:]]
+    assert set(_confident_rows(rows, confidence, 10, seed=0)) == set(surest.tolist())
+
+
+def test_random_confident_without_confidences_is_refused(case):
+    rows, _ = case
+    with pytest.raises(UserError, match=r"strategy=random_confident needs the confidence"):
+        select(rows, Columns(), Select(strategy="random_confident", size=3))
+
+
+def _confident_rows(rows, confidence, size, seed):
+    spec = Select(strategy="random_confident", size=size, seed=seed)
+    return select(rows, Columns(confidence=confidence), spec).rows.tolist()
 
 
 def test_ties_break_to_the_lowest_row():
