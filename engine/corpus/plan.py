@@ -159,7 +159,7 @@ def load_plan(run: RunDir) -> Plan:
     rows = [count for _, count in state["files"]]
     return Plan(
         n_rows=sum(rows),
-        partition_rows=state.get("partition_rows") or state["settings"]["partition_rows"],  # older plans: there alone
+        partition_rows=state.get("partition_rows") or state["settings"]["partition_rows"],  # old plans: there
         columns=Columns(**state["columns"]),
         fingerprint=state["fingerprint"],
         files=tuple(f"{run.uri}/{file}" if _inside(file) else file for file, _ in state["files"]),
