@@ -94,7 +94,7 @@ def main() -> None:
         for documents in DOCUMENTS
     )
     print(f"| either | store, d = {DIM} | | {' | '.join(human(size) for size in sizes)} |")
-    trained = len(spec.retrain.strategies) * spec.select.size * spec.retrain.epochs
+    trained = len(spec.strategies) * spec.select.size * spec.retrain.epochs
     print(f"\nRetraining: {trained:,} documents are trained on, whatever the corpus.\n")
     print("| model | instance | GPU hours | $ |")
     print("| --- | --- | ---: | ---: |")

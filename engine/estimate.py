@@ -171,7 +171,7 @@ def trained_documents(spec: RunSpec) -> int:
 
 def models(spec: RunSpec) -> int:
     """Models that are retrained."""
-    return len(spec.retrain.strategies) * len(spec.retrain.seeds)
+    return len(spec.strategies) * len(spec.retrain.seeds)
 
 
 def training_bytes(spec: RunSpec, size: ModelSize, stage: int, workers: int) -> dict[str, int]:

@@ -50,7 +50,7 @@ def evaluate(job: Job, endpoints: list[dict[str, Any]] | None = None) -> dict[st
     """
     started = time.monotonic()
     models = list(endpoints or judge_endpoints(job))
-    for strategy in job.spec.retrain.strategies:
+    for strategy in job.spec.strategies:
         for seed in job.spec.retrain.seeds:
             found = retrained(job, strategy, seed)
             if found is not None:

@@ -60,7 +60,7 @@ def retrain(job: Job) -> dict[str, Any]:
     validation = write_validation(job) if job.spec.retrain.judges else None
     with session(job.spec.ray, job.verbose):
         for seed in job.spec.retrain.seeds:
-            for strategy in job.spec.retrain.strategies:
+            for strategy in job.spec.strategies:
                 stage, inputs, work = _prepare(job, strategy, seed, validation)
                 if job.run.completed(stage, inputs):
                     job.progress.skip(stage)

@@ -199,7 +199,7 @@ def expand(grid: Grid, where: str = "the grid") -> list[Cell]:
     """
     axes = dict(grid.grid)
     shared = _plain_spec(grid, {}, where)
-    strategies = axes.pop(STRATEGY, list(shared.retrain.strategies))
+    strategies = axes.pop(STRATEGY, shared.strategies)
     seeds = axes.pop(SEED, list(shared.retrain.seeds))
     cells = []
     for point in itertools.product(*(list(values) for values in axes.values())):
@@ -229,7 +229,7 @@ def finetuned_key(grid: Grid, spec: RunSpec) -> str:
     """Name of the model that `grid.finetune` makes for a spec's base model and task."""
     assert grid.finetune is not None
     about = [spec.models.base, spec.models.base_revision, *grid.base.key, spec.task.model_dump(mode="json")]
-    recipe = finetune_recipe(grid).model_dump(mode="json")
+    recipe = finetune_recipe(grid).model_dump(mode="json", exclude={"strategies", "seeds"})
     return fingerprint([*about, grid.finetune.model_dump(mode="json"), recipe])[:16]
 
 

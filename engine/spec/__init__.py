@@ -73,7 +73,7 @@ class RunSpec(Section):
                 f"({', '.join(f'{f:g}' for f in self.gradients.fractions)})"
             )
         if self.task.kind == "language_modelling":
-            wanted = {self.select.strategy, *self.retrain.strategies}
+            wanted = {self.select.strategy, *self.strategies}
             balanced = sorted(s for s in wanted if s.endswith("_balanced") and not is_named(s))
             if balanced:
                 raise ValueError(f"{balanced[0]} balances labels, which language_modelling does not have")
@@ -82,6 +82,13 @@ class RunSpec(Section):
                     "random_confident draws by the confidence in labels: language_modelling has none"
                 )
         return self
+
+    @property
+    def strategies(self) -> list[Strategy]:
+        """The strategies to retrain and compare, with their default resolved: the two that are hardest to beat."""
+        if self.retrain.strategies is not None:
+            return self.retrain.strategies
+        return ["random", "random_confident" if self.task.kind == "classification" else "topk", "greedy"]
 
     @property
     def loss_scope(self) -> LossScope:

@@ -29,8 +29,10 @@ class Lora(Section):
 class Retrain(Placement):
     """How theta_0 is trained on a selection (docs/method.md, step 6)."""
 
-    strategies: list[Strategy] = Field(
-        ["random", "topk", "greedy"], description="strategies to retrain and compare"
+    strategies: list[Strategy] | None = Field(
+        None,
+        description="strategies to retrain and compare; default: random, random_confident and greedy, in "
+        "language_modelling random, topk and greedy",
     )
     seeds: list[int] = Field(default_factory=lambda: [0], description="paired training seeds")
     epochs: int = Field(4, ge=1)
@@ -129,8 +131,8 @@ class Retrain(Placement):
 
     @field_validator("strategies", "seeds")
     @classmethod
-    def _distinct(cls, value: list[Any]) -> list[Any]:
-        if not value or len(set(value)) != len(value):
+    def _distinct(cls, value: list[Any] | None) -> list[Any] | None:
+        if value is not None and (not value or len(set(value)) != len(value)):
             raise ValueError("must be a non-empty list without repetitions")
         return value
 

@@ -220,6 +220,16 @@ def test_the_plan_has_the_default_partitions(run: RunDir, tmp_path: Path) -> Non
     assert make_plan(corpus, run) == plan
 
 
+def test_a_plan_that_has_partition_rows_among_its_settings_alone_is_read(corpus: Corpus, run: RunDir) -> None:
+    """As plans did before there was a default by the size of the corpus."""
+    plan = make_plan(corpus, run)
+    table = run.read_table(PLAN)
+    state = json.loads(table.schema.metadata[b"unbake"])
+    assert state.pop("partition_rows") == 16
+    run.write_table(PLAN, table.replace_schema_metadata({b"unbake": json.dumps(state).encode()}))
+    assert make_plan(corpus, run) == load_plan(run) == plan
+
+
 @pytest.mark.parametrize(
     "change", [{"partition_rows": 17}, {"max_chars": 9}, {"max_documents": 9}, {"id": "text"}]
 )

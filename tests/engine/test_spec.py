@@ -151,6 +151,16 @@ def test_balancing_labels_needs_labels(name: str) -> None:
         RunSpec.from_dict(changed(MODEL, name, value))
 
 
+@pytest.mark.parametrize(
+    ("fields", "second"), [(CLASSIFY, "random_confident"), (MODEL, "topk"), (PAIRS, "topk")], ids=str
+)
+def test_what_is_compared_has_a_default_for_every_task(fields: dict[str, Any], second: str) -> None:
+    spec = RunSpec.from_dict(fields)
+    assert spec.strategies == ["random", second, "greedy"]
+    assert RunSpec.from_yaml(spec.to_yaml()).strategies == spec.strategies
+    assert RunSpec.from_dict(changed(fields, "retrain.strategies", ["greedy"])).strategies == ["greedy"]
+
+
 def test_a_draw_by_confidence_in_labels_needs_labels() -> None:
     with pytest.raises(UserError, match="random_confident draws by the confidence in labels"):
         RunSpec.from_dict(changed(MODEL, "select.strategy", "random_confident"))

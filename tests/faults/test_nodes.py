@@ -31,7 +31,7 @@ def serial(case: Path, ray_session: None) -> Path:
 
 
 RAY_ENDS_AN_ACTOR = 30
-"""Seconds that Ray gives an actor that nobody holds any more, before it kills it (actor_graceful_shutdown_timeout_ms)."""
+"""Seconds that Ray gives an actor that nobody holds before it kills it (actor_graceful_shutdown_timeout_ms)."""
 
 
 @contextmanager

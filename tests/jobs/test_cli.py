@@ -287,6 +287,7 @@ def test_select_takes_features_of_ones_own(
         (["--size", "61"], "select.size is 61"),
         (["--size", "5", "--strategy", "loss_min"], "loss"),
         (["--size", "5", "--strategy", "topk_balanced"], "labels"),
+        (["--size", "5", "--strategy", "random_confident"], "confidence"),
         (["--size", "x"], "size"),
         (["--size", "5", "--models.base", "a"], "remove --models.base"),
         (["--size", "5", "--out", "{tmp}/t.npy/s.parquet"], "cannot write"),
