@@ -31,6 +31,12 @@ from scipy import special
 REFERENCE = "random"
 """The strategy that a gap is measured from."""
 
+TO_BEAT = {
+    REFERENCE: "its selection is not to be trusted here",
+    "random_confident": "documents that the fine-tuned model is sure of did better, without a gradient",
+}
+"""Strategies that a greedy one has to be ahead of, and what it means where it is behind."""
+
 LEVEL = 0.95
 """Confidence level of every interval."""
 
@@ -99,7 +105,8 @@ def compare(results: dict[str, Any], higher_is_better: bool) -> dict[str, Any]:
     warnings += _endpoint_warnings(base, finetuned, reference, sign)
     for strategy, by_seed in runs.items():
         if strategy.startswith("greedy"):
-            warnings += _select_warnings(strategy, by_seed, reference, sign)
+            for other in TO_BEAT:
+                warnings += _select_warnings(strategy, other, by_seed, runs.get(other, {}), sign)
     if runs and max(len(by_seed) for by_seed in runs.values()) == 1:
         warnings.append("One seed only: differences between strategies may be chance; set retrain.seeds.")
     return {"base": base, "finetuned": finetuned, "strategies": rows, "warnings": warnings}
@@ -153,7 +160,7 @@ def _endpoint_warnings(
 
 
 def _select_warnings(
-    strategy: str, method: dict[int, float], reference: dict[int, float], sign: float
+    strategy: str, other: str, method: dict[int, float], reference: dict[int, float], sign: float
 ) -> list[str]:
     m, r = _paired(method, reference)
     if len(m) == 0:
@@ -161,10 +168,10 @@ def _select_warnings(
     differences = sign * (m - r)
     mean, spread = float(differences.mean()), _spread(differences)
     if mean < 0:
-        return [f"{strategy} is worse than random by {-mean:.3g}: its selection is not to be trusted here."]
+        return [f"{strategy} is worse than {other} by {-mean:.3g}: {TO_BEAT[other]}."]
     if spread is not None and mean < spread:
         return [
-            f"{strategy} is ahead of random by {mean:.3g}, less than its spread over seeds ({spread:.3g})."
+            f"{strategy} is ahead of {other} by {mean:.3g}, less than its spread over seeds ({spread:.3g})."
         ]
     return []
 

@@ -252,6 +252,13 @@ def test_warnings_name_what_a_reader_must_not_overlook() -> None:
 
     two = [("random", 0, 0.7), ("random", 1, 0.75)]
     assert "worse than random" in warn(0.2, [*two, ("greedy", 0, 0.6), ("greedy", 1, 0.7)])
+    sure = [("random_confident", 0, 0.75), ("random_confident", 1, 0.85)]
+    behind = warn(0.2, [*two, *sure, ("greedy", 0, 0.76), ("greedy", 1, 0.80)])
+    assert (
+        "greedy is worse than random_confident by 0.02: documents that the fine-tuned model is sure of"
+        in behind
+    )
+    assert "worse than" not in warn(0.2, [*two, *sure, ("greedy", 0, 0.80), ("greedy", 1, 0.90)])
     assert "less than its spread" in warn(0.2, [*two, ("greedy", 0, 0.8), ("greedy", 1, 0.7)])
     assert "One seed only" in warn(0.2, [("random", 0, 0.7), ("greedy", 0, 0.8)])
     assert "not better than the base" in warn(0.95, two)
