@@ -103,10 +103,10 @@ def compare(results: dict[str, Any], higher_is_better: bool) -> dict[str, Any]:
         for strategy, by_seed in runs.items()
     ]
     warnings += _endpoint_warnings(base, finetuned, reference, sign)
-    for strategy, by_seed in runs.items():
+    for strategy in runs:
         if strategy.startswith("greedy"):
             for other in TO_BEAT:
-                warnings += _select_warnings(strategy, other, by_seed, runs.get(other, {}), sign)
+                warnings += _select_warnings(strategy, other, runs, sign)
     if runs and max(len(by_seed) for by_seed in runs.values()) == 1:
         warnings.append("One seed only: differences between strategies may be chance; set retrain.seeds.")
     return {"base": base, "finetuned": finetuned, "strategies": rows, "warnings": warnings}
@@ -159,10 +159,8 @@ def _endpoint_warnings(
     return warnings
 
 
-def _select_warnings(
-    strategy: str, other: str, method: dict[int, float], reference: dict[int, float], sign: float
-) -> list[str]:
-    m, r = _paired(method, reference)
+def _select_warnings(strategy: str, other: str, runs: dict[str, dict[int, float]], sign: float) -> list[str]:
+    m, r = _paired(runs[strategy], runs.get(other, {}))
     if len(m) == 0:
         return []
     differences = sign * (m - r)

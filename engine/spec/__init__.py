@@ -85,7 +85,7 @@ class RunSpec(Section):
 
     @property
     def strategies(self) -> list[Strategy]:
-        """The strategies to retrain and compare, with their default resolved: the two that are hardest to beat."""
+        """The strategies to retrain and compare, with their default resolved."""
         if self.retrain.strategies is not None:
             return self.retrain.strategies
         return ["random", "random_confident" if self.task.kind == "classification" else "topk", "greedy"]
