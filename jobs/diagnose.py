@@ -14,7 +14,7 @@ diagnostics.json holds::
     sure               share of documents that the fine-tuned model is 99% sure of: selected, corpus
     confidence         mean, share below one half, histogram {edges, counts} over the corpus
     trajectory         with --trajectory: gradients along a recorded training run and at synthetic checkpoints
-    worse_than_random  sentences: strategies that metrics.json shows below random
+    behind             strategy that metrics.json shows ahead of the selection's -> by how much
     warnings           [{text, try}]
 """
 
@@ -30,6 +30,7 @@ import torch
 from engine.batches import CPU_TOKENS
 from engine.checkpoints import weights_hash
 from engine.errors import UserError
+from engine.evaluate.comparison import behind
 from engine.evaluate.diagnostics import StoredProducts, diagnose_selection, projection_error, sure, warnings
 from engine.evaluate.trajectory import trajectory as fidelity
 from engine.losses import label_rows
@@ -94,7 +95,9 @@ def diagnose(job: Job, trajectory: str | None = None, documents: int = TRUE_DOCU
     found |= job.guarded("diagnose", inputs, lambda: _selection(job, extracted))
     found["confidence"] = _confidence(extracted)
     found["trajectory"] = None if trajectory is None else _trajectory(job, trajectory, documents)
-    found["worse_than_random"] = _worse_than_random(job)
+    found["behind"] = (
+        behind(job.run.read_json(METRICS), job.spec.select.strategy) if job.run.exists(METRICS) else {}
+    )
     found["warnings"] = warnings(found, job.spec.select.strategy)
     job.run.write_json(DIAGNOSTICS, found)
     for warning in found["warnings"]:
@@ -135,18 +138,6 @@ def _confidence(extracted: dict[str, Any]) -> dict[str, Any]:
         "below_half": float(counts[edges[1:] <= 0.5].sum() / max(1, counts.sum())),
         "histogram": histogram,
     }
-
-
-def _worse_than_random(job: Job) -> list[str]:
-    """Strategies of this run that did worse than random, as sentences."""
-    metrics = job.run.read_json(METRICS) if job.run.exists(METRICS) else {"strategies": []}
-    rows = {row["strategy"]: row["mean"] for row in metrics["strategies"] if row["mean"] is not None}
-    sign = 1.0 if metrics.get("higher_is_better", True) else -1.0
-    return [
-        f"{name}: {mean:.4g} against {rows['random']:.4g}"
-        for name, mean in rows.items()
-        if "random" in rows and name == job.spec.select.strategy and sign * (mean - rows["random"]) < 0
-    ]
 
 
 def _trajectory(job: Job, folder: str, documents: int) -> dict[str, Any]:

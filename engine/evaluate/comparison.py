@@ -106,7 +106,9 @@ def compare(results: dict[str, Any], higher_is_better: bool) -> dict[str, Any]:
     for strategy in runs:
         if strategy.startswith("greedy"):
             for other in TO_BEAT:
-                warnings += _select_warnings(strategy, other, runs, sign)
+                warnings += _select_warnings(
+                    strategy, other, _lead(runs[strategy], runs.get(other, {}), sign)
+                )
     if runs and max(len(by_seed) for by_seed in runs.values()) == 1:
         warnings.append("One seed only: differences between strategies may be chance; set retrain.seeds.")
     return {"base": base, "finetuned": finetuned, "strategies": rows, "warnings": warnings}
@@ -159,12 +161,26 @@ def _endpoint_warnings(
     return warnings
 
 
-def _select_warnings(strategy: str, other: str, runs: dict[str, dict[int, float]], sign: float) -> list[str]:
-    m, r = _paired(runs[strategy], runs.get(other, {}))
-    if len(m) == 0:
+def behind(metrics: dict[str, Any], strategy: str) -> dict[str, float]:
+    """Those of `TO_BEAT` that a strategy is behind in metrics.json, and by how much over the seeds of both."""
+    sign = 1.0 if metrics["higher_is_better"] else -1.0
+    runs = {
+        row["strategy"]: dict(zip(row["seeds"], row["values"], strict=True)) for row in metrics["strategies"]
+    }
+    leads = {other: _lead(runs.get(strategy, {}), runs.get(other, {}), sign) for other in TO_BEAT}
+    return {other: -float(lead.mean()) for other, lead in leads.items() if lead.size and lead.mean() < 0}
+
+
+def _lead(method: dict[int, float], other: dict[int, float], sign: float) -> npt.NDArray[np.float64]:
+    """By how much a strategy is better than another at each seed that both have, (n,)."""
+    m, r = _paired(method, other)
+    return sign * (m - r)
+
+
+def _select_warnings(strategy: str, other: str, lead: npt.NDArray[np.float64]) -> list[str]:
+    if lead.size == 0:
         return []
-    differences = sign * (m - r)
-    mean, spread = float(differences.mean()), _spread(differences)
+    mean, spread = float(lead.mean()), _spread(lead)
     if mean < 0:
         return [f"{strategy} is worse than {other} by {-mean:.3g}: {TO_BEAT[other]}."]
     if spread is not None and mean < spread:

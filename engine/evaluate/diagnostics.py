@@ -272,12 +272,12 @@ def warnings(found: dict[str, Any], strategy: str) -> list[dict[str, str]]:
             "labels may be wrong.",
             "a corpus nearer to the task, or select.min_confidence.",
         )
-    if found["worse_than_random"]:
+    if found["behind"]:
+        better = " and ".join(f"{name} (by {by:.3g})" for name, by in found["behind"].items())
         say(
-            f"Retrained on this selection, the base model does worse than on random documents "
-            f"({', '.join(found['worse_than_random'])}).",
+            f"Retrained on this selection, the base model does worse than on that of {better}.",
             "gradients.checkpoints=1, select.strategy=greedy_balanced, more training seeds, another corpus; and "
-            "prefer the random selection until one of them wins.",
+            "prefer the better selection until one of them wins.",
         )
     reached = control["random"]["peak_objective"]
     if control["objective"] > 0 and reached > NEAR_CONTROL * control["objective"]:

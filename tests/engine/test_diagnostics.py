@@ -153,7 +153,7 @@ def findings(**changes: Any) -> dict[str, Any]:
         "control": {"objective": 0.6, "random": {"peak_objective": 0.2}},
         "confidence": {"mean": 0.8},
         "sure": {"selected": 0.8, "corpus": 0.4},
-        "worse_than_random": [],
+        "behind": {},
         "corpus_shares": [0.5, 0.5],
         "projection": {"target_error": 0.01},
     }
@@ -170,7 +170,7 @@ def test_a_sound_selection_is_warned_of_nothing() -> None:
         ({"sets": {"greedy": {"nearest_cosine": 0.97}}}, "redundant", "dedupe"),
         ({"confidence": {"mean": 0.3}}, "unsure", "min_confidence"),
         ({"sure": {"selected": 0.85, "corpus": 0.08}}, "99% sure of 85%", "random_confident"),
-        ({"worse_than_random": ["greedy: 0.5 against 0.6"]}, "worse than on random", "greedy_balanced"),
+        ({"behind": {"random": 0.1}}, "worse than on that of random (by 0.1)", "greedy_balanced"),
         ({"control": {"objective": 0.6, "random": {"peak_objective": 0.58}}}, "random direction", "dim"),
         ({"control": {"objective": -0.1, "random": {"peak_objective": 0.2}}}, "not point along", "layers"),
         (

@@ -20,7 +20,7 @@ from rich.console import Console
 from engine.encode import Encoder
 from engine.errors import UserError
 from engine.evaluate import task as task_module
-from engine.evaluate.comparison import compare, metrics
+from engine.evaluate.comparison import behind, compare, metrics
 from engine.evaluate.task import TestSet, evaluate_model, match_labels, split_validation
 from engine.models import load_model, load_tokenizer
 from engine.spec import Task
@@ -244,6 +244,18 @@ def test_lower_is_better_for_perplexity() -> None:
 def test_an_undefined_gap_is_none(finetuned: float | None, runs: list[Run]) -> None:
     got = compare(results(0.2, finetuned, runs), True)
     assert [row["gap_closed"] for row in got["strategies"] if row["strategy"] == "greedy"] == [None]
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_behind_names_who_is_ahead_over_the_seeds_of_both(higher: bool) -> None:
+    sign = 1.0 if higher else -1.0
+    runs = [("random", 0, 5.0), ("random", 1, 6.0), ("random_confident", 0, 9.0), ("topk", 0, 20.0)]
+    runs += [("greedy", 0, 7.0), ("greedy", 1, 8.0), ("greedy", 2, 0.0)]
+    table = compare(results(0.0, None, [(name, seed, sign * value) for name, seed, value in runs]), higher)
+    known = table | {"higher_is_better": higher}
+    assert behind(known, "greedy") == {"random_confident": 2.0}
+    assert behind(known, "random") == {"random_confident": 4.0}
+    assert behind(known, "greedy_batched") == {}
 
 
 def test_warnings_name_what_a_reader_must_not_overlook() -> None:
