@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct (dequantised from Q4_1) is fine-tuned on AG News, then rec
 wikitext, Brown and ABC news that holds no AG News: a few hundred documents a strategy, retrained from the base model
 under paired seeds, judged on the test share.
 
-    .venv/bin/python benchmarks/agnews.py --json runs/agnews.json   # the table of docs/results.md
+    .venv/bin/python benchmarks/agnews.py --json runs/agnews.json   # the first table of docs/ablations.md
     .venv/bin/python benchmarks/agnews.py --full                    # all documents, five seeds: hours
     .venv/bin/python benchmarks/agnews.py --quick                   # under three minutes; plumbing, not evidence
 """

@@ -89,7 +89,6 @@ def demo_spec(folder: Path) -> RunSpec:
             },
             "select": {"strategy": "greedy", "size": 120},
             "retrain": {
-                "strategies": ["random", "topk", "greedy"],
                 "seeds": [0, 1],
                 "epochs": 3,
                 "learning_rate": 1e-4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -27,7 +28,8 @@ def _recipes() -> Traversable:
 def read_grid(source: str | None, changes: list[str]) -> Grid:
     """A grid from a recipe's name or a YAML file, with dotted options (`--spec.select.size 100`).
 
-    A file may say `extends: NAME` (a recipe) or `extends: FILE`: it is then read into that one, section by section.
+    A file may say `extends: NAME` (a recipe) or `extends: FILE` (from its own folder): it is then read into that one,
+    section by section.
 
     Raises:
         UserError: no such file, an option without a value, or fields that make no grid.
@@ -53,7 +55,8 @@ def grid_yaml(grid: Grid) -> str:
     return yaml.safe_dump(grid.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read(source: str) -> dict[str, Any]:
+def _read(source: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of a recipe or file laid over those that it extends; `below` are the files that extend it."""
     if source in recipes():
         text = _recipes().joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     else:
@@ -66,8 +69,14 @@ def _read(source: str) -> dict[str, Any]:
             hint = f"{hint}?" if hint else f"recipes are {', '.join(recipes())}."
             raise UserError(f"cannot read the grid {source}: {reason(error)}; {hint}") from None
     fields = load_yaml_mapping(text, source)
-    parent = fields.pop("extends", None)
-    return fields if parent is None else _merged(_read(str(parent)), fields)
+    if "extends" not in fields:
+        return fields
+    parent = str(fields.pop("extends"))
+    if parent not in recipes():
+        parent = os.path.normpath(os.path.join(os.path.dirname(source), parent))
+    if parent in (source, *below):
+        raise UserError(f"{source}: extends: {parent} extends itself, by way of this file: name another.")
+    return _merged(_read(parent, (source, *below)), fields)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ STYLE = {
 }
 PANELS = 6
 """Panels of a figure at most; further points are in the tables."""
+ROOM = 36
+"""Letters that stand side by side below a panel; longer names are slanted."""
 
 
 def figures(summary: list[dict[str, Any]], axes: list[str]) -> dict[str, bytes]:
@@ -56,8 +58,9 @@ def _figure(panels: dict[str, list[dict[str, Any]]], axis: str | None) -> bytes:
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(1.2 + 4.2 * columns, 0.8 + 3.0 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+    limits = _limits([row for rows in panels.values() for row in rows])
     for place, (title, rows) in zip(grid, panels.items(), strict=False):
-        _panel(place, rows, axis)
+        _panel(place, rows, axis, limits)
         place.set_title(title, fontsize=10)
     for number, place in enumerate(grid):
         if number % columns:
@@ -71,9 +74,33 @@ def _figure(panels: dict[str, list[dict[str, Any]]], axis: str | None) -> bytes:
     return sink.getvalue()
 
 
-def _panel(place: Any, rows: list[dict[str, Any]], axis: str | None) -> None:
-    metric = rows[0]["metric"]
-    scale = 100.0 if metric == "accuracy" else 1.0
+def _limits(rows: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """Limits of the metric that leave the base model out; None where it is near enough for all else to be told apart.
+
+    Near enough is no farther from the retrained and fine-tuned models than these are from each other.
+    """
+    scale = _scale(rows)
+    judged = [
+        row[name] for row in rows for name in ("mean", "low", "high", "finetuned") if row[name] is not None
+    ]
+    bases = [row["base"] for row in rows if row["base"] is not None]
+    if not judged or not bases:
+        return None
+    low, high = min(judged), max(judged)
+    span = high - low
+    if span == 0 or low - span <= min(bases) <= max(bases) <= high + span:
+        return None
+    return scale * max(low - 0.1 * span, 0.9 * low), scale * (high + 0.1 * span)
+
+
+def _scale(rows: list[dict[str, Any]]) -> float:
+    return 100.0 if rows[0]["metric"] == "accuracy" else 1.0
+
+
+def _panel(
+    place: Any, rows: list[dict[str, Any]], axis: str | None, limits: tuple[float, float] | None
+) -> None:
+    metric, scale = rows[0]["metric"], _scale(rows)
     at = [None if axis is None else row[axis] for row in rows]
     values: list[Any] = list(dict.fromkeys(at))
     to_scale = axis is not None and numeric(values)
@@ -96,19 +123,27 @@ def _panel(place: Any, rows: list[dict[str, Any]], axis: str | None) -> None:
     for name, line in (("base", ":"), ("finetuned", "--")):
         ends = {row[name] for row in rows if row[name] is not None}
         if len(ends) == 1:
-            label = {"base": "base", "finetuned": "fine-tuned"}[name]
-            place.axhline(scale * ends.pop(), color="#888888", linestyle=line, linewidth=1, label=label)
+            label, end = {"base": "base", "finetuned": "fine-tuned"}[name], scale * ends.pop()
+            if limits is not None and name == "base":
+                label = f"base {end:.3g},\noff the scale"
+            place.axhline(end, color="#888888", linestyle=line, linewidth=1, label=label)
     if to_scale:
         if min(values) > 0 and max(values) >= 8 * min(values):
             place.set_xscale("log")
         place.set_xticks(values, [str(value) for value in values])
         place.minorticks_off()
     else:
-        place.set_xticks(range(len(values)), ["" if value is None else str(value) for value in values])
+        names = ["" if value is None else str(value) for value in values]
+        slanted = (
+            {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len("".join(names)) > ROOM else {}
+        )
+        place.set_xticks(range(len(values)), names, **slanted)
     means = [row["mean"] for row in rows if row["mean"] is not None]
     if metric == "perplexity" and means and max(means) > 8 * min(means):
         place.set_yscale("log")
         place.yaxis.set_major_formatter("{x:g}")
+    if limits is not None:
+        place.set_ylim(limits)
     place.set_xlabel(axis or "")
     unit = ", %" if scale == 100 else ""
     place.set_ylabel(f"{metric}{unit} (mean, {LEVEL:.0%} interval)")

@@ -24,6 +24,7 @@ from scipy import stats
 from engine.checkpoints import Endpoints
 from engine.errors import UserError
 from engine.experiment import Grid, expand, summarise
+from engine.experiment.figures import figures
 from engine.experiment.grid import COLUMNS, extraction_key, finetune_recipe
 from engine.models import load_model
 from engine.rundir import RunDir
@@ -482,6 +483,21 @@ def test_samples_come_from_a_data_set_where_no_file_is_there(tmp_path: Path) -> 
         write_samples(Grid.model_validate(fields))
 
 
+@pytest.mark.parametrize(("base", "seen"), [(0.5, False), (0.74, True)])
+def test_a_base_model_far_below_the_rest_does_not_flatten_the_plot(base: float, seen: bool) -> None:
+    runs = [("random", 0, 0.800), ("random", 1, 0.802), ("greedy", 0, 0.850), ("greedy", 1, 0.852)]
+    rows = [
+        {"strategy": name, "seed": seed, "metric": "accuracy", "value": value, "base": base, "finetuned": 0.9}
+        | {"judged": "test"}
+        for name, seed, value in runs
+    ]
+    text = figures(summarise(rows, []), [])["strategies.svg"].decode()
+    assert ("off the scale" not in text) == seen
+    ticks = [float(tick) for tick in re.findall(r">(\d+\.?\d*)</text>", text)]
+    assert (min(ticks) <= 75) == seen
+    assert max(ticks) >= 87.5
+
+
 def test_leaked_documents_are_hidden_ones_and_join_the_corpus(tmp_path: Path, tiny_test: Path) -> None:
     fields = grid(tmp_path, "base", "corpus.jsonl", tiny_test)
     described = Grid.model_validate(
@@ -497,6 +513,35 @@ def test_leaked_documents_are_hidden_ones_and_join_the_corpus(tmp_path: Path, ti
     none, half = (cell.spec.corpus.paths for cell in expand(described))
     assert none == ["corpus.jsonl"]
     assert half == ["corpus.jsonl", str(tmp_path / "experiment/data/leak-0.5.parquet")]
+
+
+GRIDS = sorted((Path(__file__).parents[2] / "benchmarks/grids").glob("*.yaml"))
+"""The grids of docs/results.md and docs/ablations.md."""
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_the_grids_of_the_results_are_valid_and_named_beside_their_tables(path: Path) -> None:
+    assert len(expand(read_grid(str(path), []))) > 1
+    docs = path.parents[2] / "docs"
+    said = "".join((docs / page).read_text() for page in ("results.md", "ablations.md"))
+    assert f"experiment benchmarks/grids/{path.name}" in said or f"`benchmarks/grids/{path.name}`" in said
+
+
+def test_a_grid_extends_a_file_of_its_own_folder_and_never_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grids").mkdir()
+    (tmp_path / "grids/small.yaml").write_text("extends: agnews_baseline\nspec: {select: {size: 7}}\n")
+    (tmp_path / "grids/top.yaml").write_text("extends: small.yaml\nspec: {select: {min_confidence: 0.5}}\n")
+    select = read_grid("grids/top.yaml", []).spec["select"]
+    assert (select["size"], select["min_confidence"]) == (7, 0.5)
+    (tmp_path / "grids/small.yaml").write_text("extends: top.yaml\n")
+    with pytest.raises(UserError, match=r"grids/small\.yaml: extends: grids/top\.yaml extends itself"):
+        read_grid("grids/top.yaml", [])
+    (tmp_path / "grids/small.yaml").write_text("extends: absent.yaml\n")
+    with pytest.raises(UserError, match=r"cannot read the grid grids/absent\.yaml"):
+        read_grid("grids/top.yaml", [])
 
 
 @pytest.mark.parametrize("name", recipes())
