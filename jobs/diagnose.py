@@ -14,6 +14,7 @@ diagnostics.json holds::
     sure               share of documents that the fine-tuned model is 99% sure of: selected, corpus
     confidence         mean, share below one half, histogram {edges, counts} over the corpus
     trajectory         with --trajectory: gradients along a recorded training run and at synthetic checkpoints
+    compared           strategies that metrics.json compares; none before `unbake evaluate`
     behind             strategy that metrics.json shows ahead of the selection's -> by how much
     warnings           [{text, try}]
 """
@@ -95,9 +96,13 @@ def diagnose(job: Job, trajectory: str | None = None, documents: int = TRUE_DOCU
     found |= job.guarded("diagnose", inputs, lambda: _selection(job, extracted))
     found["confidence"] = _confidence(extracted)
     found["trajectory"] = None if trajectory is None else _trajectory(job, trajectory, documents)
-    found["behind"] = (
-        behind(job.run.read_json(METRICS), job.spec.select.strategy) if job.run.exists(METRICS) else {}
+    judged = (
+        job.run.read_json(METRICS)
+        if job.run.exists(METRICS)
+        else {"strategies": [], "higher_is_better": True}
     )
+    found["compared"] = [row["strategy"] for row in judged["strategies"]]
+    found["behind"] = behind(judged, job.spec.select.strategy)
     found["warnings"] = warnings(found, job.spec.select.strategy)
     job.run.write_json(DIAGNOSTICS, found)
     for warning in found["warnings"]:

@@ -292,7 +292,7 @@ def warnings(found: dict[str, Any], strategy: str) -> list[dict[str, str]]:
             "other layers (gradients.layers), another corpus, or check that base is the true base model.",
         )
     picked, everywhere = found["sure"]["selected"], found["sure"]["corpus"]
-    if picked >= MOSTLY_SURE and picked > SURER * everywhere:
+    if picked >= MOSTLY_SURE and picked > SURER * everywhere and "random_confident" not in found["compared"]:
         say(
             f"The fine-tuned model is {CONFIDENT:.0%} sure of {picked:.0%} of the selection and of {everywhere:.0%} "
             "of the corpus: documents drawn at random among those may do as well.",
