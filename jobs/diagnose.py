@@ -14,7 +14,6 @@ diagnostics.json holds::
     sure               share of documents that the fine-tuned model is 99% sure of: selected, corpus
     confidence         mean, share below one half, histogram {edges, counts} over the corpus
     trajectory         with --trajectory: gradients along a recorded training run and at synthetic checkpoints
-    compared           strategies that metrics.json compares; none before `unbake evaluate`
     behind             strategy that metrics.json shows ahead of the selection's -> by how much
     warnings           [{text, try}]
 """
@@ -101,9 +100,9 @@ def diagnose(job: Job, trajectory: str | None = None, documents: int = TRUE_DOCU
         if job.run.exists(METRICS)
         else {"strategies": [], "higher_is_better": True}
     )
-    found["compared"] = [row["strategy"] for row in judged["strategies"]]
     found["behind"] = behind(judged, job.spec.select.strategy)
-    found["warnings"] = warnings(found, job.spec.select.strategy)
+    compared = [row["strategy"] for row in judged["strategies"]]
+    found["warnings"] = warnings(found, job.spec.select.strategy, compared)
     job.run.write_json(DIAGNOSTICS, found)
     for warning in found["warnings"]:
         job.progress.log.write("diagnose", "warning", text=f"{warning['text']} Try {warning['try']}")

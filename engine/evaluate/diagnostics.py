@@ -247,12 +247,13 @@ def projection_error(
     }
 
 
-def warnings(found: dict[str, Any], strategy: str) -> list[dict[str, str]]:
+def warnings(found: dict[str, Any], strategy: str, compared: list[str]) -> list[dict[str, str]]:
     """What docs/method.md says to warn of, each with what to try: {"text", "try"}.
 
     Args:
         found: diagnostics.json as it is so far.
         strategy: of the selection.
+        compared: strategies that were retrained and judged; none before.
     """
     said: list[dict[str, str]] = []
 
@@ -292,7 +293,7 @@ def warnings(found: dict[str, Any], strategy: str) -> list[dict[str, str]]:
             "other layers (gradients.layers), another corpus, or check that base is the true base model.",
         )
     picked, everywhere = found["sure"]["selected"], found["sure"]["corpus"]
-    if picked >= MOSTLY_SURE and picked > SURER * everywhere and "random_confident" not in found["compared"]:
+    if picked >= MOSTLY_SURE and picked > SURER * everywhere and "random_confident" not in compared:
         say(
             f"The fine-tuned model is {CONFIDENT:.0%} sure of {picked:.0%} of the selection and of {everywhere:.0%} "
             "of the corpus: documents drawn at random among those may do as well.",

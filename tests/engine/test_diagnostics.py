@@ -153,7 +153,6 @@ def findings(**changes: Any) -> dict[str, Any]:
         "control": {"objective": 0.6, "random": {"peak_objective": 0.2}},
         "confidence": {"mean": 0.8},
         "sure": {"selected": 0.8, "corpus": 0.4},
-        "compared": ["random", "topk", "greedy"],
         "behind": {},
         "corpus_shares": [0.5, 0.5],
         "projection": {"target_error": 0.01},
@@ -162,12 +161,13 @@ def findings(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_sound_selection_is_warned_of_nothing() -> None:
-    assert warnings(findings(), "greedy") == []
+    assert warnings(findings(), "greedy", []) == []
 
 
 def test_a_comparison_that_was_made_is_not_asked_for() -> None:
-    compared = ["random", "random_confident", "greedy"]
-    assert warnings(findings(sure={"selected": 0.85, "corpus": 0.08}, compared=compared), "greedy") == []
+    found = findings(sure={"selected": 0.85, "corpus": 0.08})
+    assert warnings(found, "greedy", ["random", "random_confident", "greedy"]) == []
+    assert len(warnings(found, "greedy", ["random", "topk", "greedy"])) == 1
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,6 @@ def test_a_comparison_that_was_made_is_not_asked_for() -> None:
 def test_each_warning_says_what_is_wrong_and_what_to_try(
     changes: dict[str, Any], word: str, remedy: str
 ) -> None:
-    (found,) = warnings(findings(**changes), "greedy")
+    (found,) = warnings(findings(**changes), "greedy", [])
     assert word in found["text"]
     assert remedy in found["try"]
