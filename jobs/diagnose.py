@@ -95,13 +95,9 @@ def diagnose(job: Job, trajectory: str | None = None, documents: int = TRUE_DOCU
     found |= job.guarded("diagnose", inputs, lambda: _selection(job, extracted))
     found["confidence"] = _confidence(extracted)
     found["trajectory"] = None if trajectory is None else _trajectory(job, trajectory, documents)
-    judged = (
-        job.run.read_json(METRICS)
-        if job.run.exists(METRICS)
-        else {"strategies": [], "higher_is_better": True}
-    )
-    found["behind"] = behind(judged, job.spec.select.strategy)
-    compared = [row["strategy"] for row in judged["strategies"]]
+    judged = job.run.read_json(METRICS) if job.run.exists(METRICS) else None
+    found["behind"] = behind(judged, job.spec.select.strategy) if judged else {}
+    compared = [row["strategy"] for row in judged["strategies"]] if judged else []
     found["warnings"] = warnings(found, job.spec.select.strategy, compared)
     job.run.write_json(DIAGNOSTICS, found)
     for warning in found["warnings"]:

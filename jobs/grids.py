@@ -69,9 +69,10 @@ def _read(source: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
             hint = f"{hint}?" if hint else f"recipes are {', '.join(recipes())}."
             raise UserError(f"cannot read the grid {source}: {reason(error)}; {hint}") from None
     fields = load_yaml_mapping(text, source)
-    if "extends" not in fields:
+    extended = fields.pop("extends", None)
+    if extended is None:
         return fields
-    parent = str(fields.pop("extends"))
+    parent = str(extended)
     if parent not in recipes():
         parent = os.path.normpath(os.path.join(os.path.dirname(source), parent))
     if parent in (source, *below):
